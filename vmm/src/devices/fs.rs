@@ -1,0 +1,240 @@
+//! virtio-fs (virtio 1.2 §5.11): the queues between the guest's FUSE client and the file server.
+//!
+//! Each queue has a thread of its own, which takes a request, has the file server answer it in place,
+//! and gives it back. What FUSE messages mean is the file server's business alone.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use husk_proto::SHARES_TAG;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    fs::{self, FileServer},
+    memory::GuestRam,
+    virtio::{
+        Activation, DeviceError, ID_FS, Kind, VirtioDevice,
+        queue::{Queue, total},
+    },
+    vm::ending::{Cause, Ending},
+};
+
+const NAME: &str = "fs";
+/// Queue 0 is the high priority queue; request queues follow.
+const REQUEST_QUEUES: u32 = 1;
+const QUEUE_NAMES: [&str; 1 + REQUEST_QUEUES as usize] = ["hiprio", "request"];
+const QUEUE_SIZES: [u16; 1 + REQUEST_QUEUES as usize] = [16, 128];
+const TAG_SIZE: usize = 36;
+
+/// The device; its files are those of the server.
+pub struct FsDevice {
+    server: Arc<FileServer>,
+    ending: Ending,
+    workers: Vec<Worker>,
+}
+
+impl FsDevice {
+    pub fn new(server: Arc<FileServer>, ending: Ending) -> Self {
+        Self {
+            server,
+            ending,
+            workers: Vec::new(),
+        }
+    }
+}
+
+impl VirtioDevice for FsDevice {
+    fn kind(&self) -> Kind {
+        Kind {
+            name: NAME,
+            id: ID_FS,
+            class: 0x01_8000,
+            queues: &QUEUE_SIZES,
+            features: 0,
+            doorbells: true,
+        }
+    }
+
+    /// The tag, and how many request queues there are (§5.11.4).
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; TAG_SIZE + 4];
+        for (byte, source) in config.iter_mut().zip(SHARES_TAG.bytes()) {
+            *byte = source;
+        }
+        for (byte, source) in config
+            .iter_mut()
+            .skip(TAG_SIZE)
+            .zip(REQUEST_QUEUES.to_le_bytes())
+        {
+            *byte = source;
+        }
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (byte, source) in data.iter_mut().zip(config.iter().skip(start)) {
+            *byte = *source;
+        }
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        for (queue, name) in activation.queues.into_iter().zip(QUEUE_NAMES) {
+            let ram = activation.ram.clone();
+            let server = Arc::clone(&self.server);
+            match Worker::start(name, ram, queue, server, self.ending.clone()) {
+                Ok(worker) => self.workers.push(worker),
+                Err(cause) => {
+                    self.stop();
+                    return Err(DeviceError::Host {
+                        device: NAME,
+                        call: "start a thread",
+                        cause,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Vec<Queue> {
+        self.workers.drain(..).filter_map(Worker::stop).collect()
+    }
+}
+
+/// A thread that serves one queue.
+struct Worker {
+    stopping: Arc<AtomicBool>,
+    doorbell: EventFd,
+    thread: JoinHandle<Queue>,
+}
+
+impl Worker {
+    fn start(
+        name: &'static str,
+        ram: GuestRam,
+        queue: Queue,
+        server: Arc<FileServer>,
+        ending: Ending,
+    ) -> io::Result<Self> {
+        let stopping = Arc::new(AtomicBool::new(false));
+        let doorbell = queue.doorbell().try_clone()?;
+        // Queues may come with requests that were offered before: look at them first.
+        doorbell.write(1)?;
+        let mut serving = Serving {
+            name,
+            ram,
+            queue,
+            server,
+            stopping: Arc::clone(&stopping),
+        };
+        let thread = thread::Builder::new()
+            .name(format!("fs-{name}"))
+            .spawn(move || {
+                if let Err(e) = serving.run() {
+                    ending.report(Cause::DeviceError, e);
+                }
+                serving.queue
+            })?;
+        Ok(Self {
+            stopping,
+            doorbell,
+            thread,
+        })
+    }
+
+    fn stop(self) -> Option<Queue> {
+        self.stopping.store(true, Ordering::SeqCst);
+        if let Err(e) = self.doorbell.write(1) {
+            log::error!("fs: wake a worker: {e}");
+            return None;
+        }
+        self.thread.join().ok()
+    }
+}
+
+/// What a worker's thread owns.
+struct Serving {
+    name: &'static str,
+    ram: GuestRam,
+    queue: Queue,
+    server: Arc<FileServer>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Serving {
+    fn run(&mut self) -> Result<(), DeviceError> {
+        fs::worker_init().map_err(|cause| DeviceError::Host {
+            device: NAME,
+            call: "prepare a thread",
+            cause: io::Error::other(cause),
+        })?;
+        loop {
+            self.wait()?;
+            if self.stopping.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            self.serve_queue()?;
+        }
+    }
+
+    /// Waits for the doorbell.
+    fn wait(&self) -> Result<(), DeviceError> {
+        let failed = |call| {
+            move |cause| DeviceError::Host {
+                device: NAME,
+                call,
+                cause,
+            }
+        };
+        let mut poll = libc::pollfd {
+            fd: std::os::fd::AsRawFd::as_raw_fd(self.queue.doorbell()),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: one valid pollfd.
+        let ready = unsafe { libc::poll(&mut poll, 1, -1) };
+        if ready < 0 {
+            let cause = io::Error::last_os_error();
+            if cause.kind() != io::ErrorKind::Interrupted {
+                return Err(failed("poll")(cause));
+            }
+        }
+        self.queue.quiet().map_err(failed("read a doorbell"))
+    }
+
+    /// Answers requests until there are none and the driver will ring for the next.
+    fn serve_queue(&mut self) -> Result<(), DeviceError> {
+        let name = self.name;
+        let failed = |cause| DeviceError::Queue {
+            device: NAME,
+            queue: name,
+            cause,
+        };
+        let (ram, queue) = (&self.ram, &mut self.queue);
+        loop {
+            queue.disarm(ram).map_err(failed)?;
+            while let Some(chain) = queue.pop(ram).map_err(failed)? {
+                let written = self.server.handle(&chain.readable, &chain.writable);
+                let written = written.map_err(|e| {
+                    log::warn!("fs: {e}");
+                    DeviceError::Driver {
+                        device: NAME,
+                        what: "a malformed FUSE request",
+                    }
+                })?;
+                let written = written.min(total(&chain.writable));
+                queue.push(ram, chain.head(), written).map_err(failed)?;
+                queue.signal(ram).map_err(failed)?;
+                if self.stopping.load(Ordering::Relaxed) {
+                    return Ok(());
+                }
+            }
+            if !queue.arm(ram).map_err(failed)? {
+                return Ok(());
+            }
+        }
+    }
+}

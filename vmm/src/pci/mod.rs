@@ -1,0 +1,227 @@
+//! The PCI bus: one bus, configured by ports 0xcf8 and 0xcfc ("mechanism #1", PCI 3.0 §3.2.2.3.2).
+//!
+//! Owned by the VM behind one lock and used on the vCPUs' threads. Doorbells and interrupts do not
+//! come here: they go between KVM and the devices' threads.
+
+pub mod config;
+pub mod msix;
+
+use crate::memory::{MMIO_SIZE, MMIO_START};
+
+/// Registers relative to port 0xcf8.
+const ADDRESS: u16 = 0;
+const DATA: u16 = 4;
+
+/// Slots of the bus.
+const SLOTS: usize = 32;
+
+/// A device on the bus, as the guest reaches it.
+pub trait PciDevice: Send {
+    /// Reads the configuration space at `offset`; `data` is 1, 2 or 4 bytes within one dword.
+    fn read_config(&self, offset: u8, data: &mut [u8]);
+    /// Writes the configuration space, with the same shapes.
+    fn write_config(&mut self, offset: u8, data: &[u8]);
+    /// Reads `data.len()` bytes, 1 to 8, at `offset` of the memory BAR.
+    fn read_bar(&mut self, offset: u64, data: &mut [u8]);
+    /// Writes the memory BAR, with the same shapes.
+    fn write_bar(&mut self, offset: u64, data: &[u8]);
+}
+
+/// Where a device's one memory BAR lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bar {
+    /// Guest physical address, a multiple of the size.
+    pub address: u64,
+    /// Bytes; a power of two.
+    pub size: u32,
+}
+
+/// The machine has more devices than the bus takes.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    #[error("the PCI bus has no slot left")]
+    NoSlot,
+    #[error("the MMIO window has no room for a BAR of {0:#x} bytes")]
+    NoRoom(u32),
+}
+
+/// The bus and its devices.
+pub struct PciBus {
+    /// The configuration address last written to port 0xcf8.
+    address: u32,
+    devices: Vec<(Option<Bar>, Box<dyn PciDevice>)>,
+    next_bar: u64,
+}
+
+impl Default for PciBus {
+    fn default() -> Self {
+        Self {
+            address: 0,
+            devices: Vec::new(),
+            next_bar: MMIO_START,
+        }
+    }
+}
+
+impl PciBus {
+    /// Reserves a BAR of `size` bytes, a power of two, for the device added next.
+    pub fn place_bar(&mut self, size: u32) -> Result<Bar, PciError> {
+        let address = self.next_bar.next_multiple_of(u64::from(size.max(1)));
+        let end = address + u64::from(size);
+        if end > MMIO_START + MMIO_SIZE {
+            return Err(PciError::NoRoom(size));
+        }
+        self.next_bar = end;
+        Ok(Bar { address, size })
+    }
+
+    /// Puts a device into the next slot.
+    pub fn add(&mut self, bar: Option<Bar>, device: Box<dyn PciDevice>) -> Result<(), PciError> {
+        if self.devices.len() == SLOTS {
+            return Err(PciError::NoSlot);
+        }
+        self.devices.push((bar, device));
+        Ok(())
+    }
+
+    /// A read of port 0xcf8 + `register`. What is not there leaves `data` as it is.
+    pub fn read_port(&mut self, register: u16, data: &mut [u8]) {
+        if register == ADDRESS && data.len() == 4 {
+            data.copy_from_slice(&self.address.to_le_bytes());
+        } else if let Some((offset, device)) = self.selected(register, data.len()) {
+            device.read_config(offset, data);
+        }
+    }
+
+    /// A write to port 0xcf8 + `register`.
+    pub fn write_port(&mut self, register: u16, data: &[u8]) {
+        match (register, <[u8; 4]>::try_from(data)) {
+            (ADDRESS, Ok(address)) => self.address = u32::from_le_bytes(address),
+            _ => {
+                if let Some((offset, device)) = self.selected(register, data.len()) {
+                    device.write_config(offset, data);
+                }
+            }
+        }
+    }
+
+    pub fn read_mmio(&mut self, address: u64, data: &mut [u8]) {
+        if let Some((offset, device)) = self.at(address, data.len()) {
+            device.read_bar(offset, data);
+        }
+    }
+
+    pub fn write_mmio(&mut self, address: u64, data: &[u8]) {
+        if let Some((offset, device)) = self.at(address, data.len()) {
+            device.write_bar(offset, data);
+        }
+    }
+
+    /// The device and configuration offset that an access of `length` bytes to the data port means.
+    fn selected(&mut self, register: u16, length: usize) -> Option<(u8, &mut Box<dyn PciDevice>)> {
+        const ENABLE: u32 = 1 << 31;
+        const BUS_AND_FUNCTION: u32 = 0xff << 16 | 0x7 << 8;
+        let byte = register.checked_sub(DATA)?;
+        let within_dword =
+            usize::from(byte).checked_add(length)? <= 4 && [1, 2, 4].contains(&length);
+        if !within_dword || self.address & ENABLE == 0 || self.address & BUS_AND_FUNCTION != 0 {
+            return None;
+        }
+        let slot = (self.address >> 11 & 0x1f) as usize;
+        let offset = (self.address & 0xfc) as u8 | byte as u8;
+        let (_, device) = self.devices.get_mut(slot)?;
+        Some((offset, device))
+    }
+
+    /// The device whose BAR holds the whole access.
+    fn at(&mut self, address: u64, length: usize) -> Option<(u64, &mut Box<dyn PciDevice>)> {
+        self.devices.iter_mut().find_map(|(bar, device)| {
+            let bar = bar.as_ref()?;
+            let offset = address.checked_sub(bar.address)?;
+            let end = offset.checked_add(length as u64)?;
+            (end <= u64::from(bar.size)).then_some((offset, device))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Echo(u8);
+
+    impl PciDevice for Echo {
+        fn read_config(&self, offset: u8, data: &mut [u8]) {
+            data.fill(self.0 + offset);
+        }
+        fn write_config(&mut self, _: u8, data: &[u8]) {
+            self.0 = data[0];
+        }
+        fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(self.0 + offset as u8);
+        }
+        fn write_bar(&mut self, _: u64, data: &[u8]) {
+            self.0 = data[0];
+        }
+    }
+
+    fn bus() -> PciBus {
+        let mut bus = PciBus::default();
+        bus.add(None, Box::new(Echo(1))).unwrap();
+        let bar = bus.place_bar(0x1000).unwrap();
+        bus.add(Some(bar), Box::new(Echo(100))).unwrap();
+        bus
+    }
+
+    fn read(bus: &mut PciBus, register: u16, length: usize) -> Vec<u8> {
+        let mut data = vec![0xff; length];
+        bus.read_port(register, &mut data);
+        data
+    }
+
+    #[test]
+    fn the_address_selects_slot_and_register() {
+        let mut bus = bus();
+        bus.write_port(ADDRESS, &0x8000_0808u32.to_le_bytes());
+        assert_eq!(read(&mut bus, ADDRESS, 4), 0x8000_0808u32.to_le_bytes());
+        assert_eq!(read(&mut bus, DATA + 2, 2), [110, 110]);
+        bus.write_port(DATA, &[7, 0, 0, 0]);
+        assert_eq!(read(&mut bus, DATA, 1), [15]);
+    }
+
+    #[test]
+    fn nobody_answers_for_what_is_not_there() {
+        let mut bus = bus();
+        // No enable bit, another bus, another function, an empty slot.
+        for address in [0x0000_0800u32, 0x8001_0800, 0x8000_0900, 0x8000_1800] {
+            bus.write_port(ADDRESS, &address.to_le_bytes());
+            assert_eq!(read(&mut bus, DATA, 4), [0xff; 4], "{address:#x}");
+        }
+        // Accesses across a dword or of odd sizes.
+        bus.write_port(ADDRESS, &0x8000_0800u32.to_le_bytes());
+        for (register, length) in [(DATA + 3, 2), (DATA, 3), (DATA, 0), (1, 1), (DATA, 400)] {
+            assert_eq!(read(&mut bus, register, length), vec![0xff; length]);
+            bus.write_port(register, &vec![0; length]);
+        }
+    }
+
+    #[test]
+    fn bars_are_aligned_and_bounded() {
+        let mut bus = PciBus::default();
+        assert_eq!(bus.place_bar(0x10).unwrap().address, MMIO_START);
+        assert_eq!(bus.place_bar(0x4000).unwrap().address, MMIO_START + 0x4000);
+        assert!(bus.place_bar(1 << 30).is_err());
+    }
+
+    #[test]
+    fn mmio_reaches_only_whole_accesses_within_a_bar() {
+        let mut bus = bus();
+        let mut data = [0xff; 8];
+        bus.read_mmio(MMIO_START + 3, &mut data[..4]);
+        assert_eq!(data[..4], [103; 4]);
+        let mut past = [0xff; 8];
+        bus.read_mmio(MMIO_START + 0xffc, &mut past);
+        bus.read_mmio(u64::MAX, &mut past);
+        assert_eq!(past, [0xff; 8]);
+    }
+}

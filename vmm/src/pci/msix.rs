@@ -1,0 +1,272 @@
+//! MSI-X: a device's interrupt vectors (PCI 3.0 §6.8.2), delivered by KVM_SIGNAL_MSI.
+//!
+//! The table is shared between the vCPUs, which program it, and the device's threads, which signal.
+//! A message is sent as the table has it at that moment: no GSI routes, no irqfds, nothing to
+//! update in the kernel when the guest moves or masks a vector.
+
+use std::{
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::VmFd;
+
+/// Bytes of one table entry: address (8), data (4), vector control (4).
+const ENTRY: usize = 16;
+const VECTOR_CONTROL_MASKED: u32 = 1;
+/// Bits of Message Control.
+const ENABLE: u16 = 1 << 15;
+const MASK_ALL: u16 = 1 << 14;
+
+/// The MSI-X capability: id, and the bits of its body the guest may write.
+pub const CAPABILITY: u8 = 0x11;
+pub const CAPABILITY_WRITABLE: [u8; 2] = (ENABLE | MASK_ALL).to_le_bytes();
+
+/// Delivers messages to the guest's local APICs.
+pub trait MessageSink: Send + Sync {
+    fn send(&self, address: u64, data: u32) -> io::Result<()>;
+}
+
+impl MessageSink for VmFd {
+    fn send(&self, address: u64, data: u32) -> io::Result<()> {
+        let message = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        self.signal_msi(message).map(drop).map_err(Into::into)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Vector {
+    address: u64,
+    data: u32,
+    control: u32,
+    pending: bool,
+}
+
+struct Table {
+    vectors: Vec<Vector>,
+    control: u16,
+}
+
+/// The vectors of one device.
+pub struct Msix {
+    table: Mutex<Table>,
+    sink: Arc<dyn MessageSink>,
+}
+
+impl Msix {
+    /// `count` vectors, all masked.
+    pub fn new(count: u16, sink: Arc<dyn MessageSink>) -> Self {
+        let vector = Vector {
+            address: 0,
+            data: 0,
+            control: VECTOR_CONTROL_MASKED,
+            pending: false,
+        };
+        Self {
+            table: Mutex::new(Table {
+                vectors: vec![vector; count.into()],
+                control: 0,
+            }),
+            sink,
+        }
+    }
+
+    /// The capability's body for tables in BAR 0 at the given offsets, multiples of 8.
+    pub fn capability(&self, table_offset: u32, pending_offset: u32) -> Vec<u8> {
+        let last = self.lock().vectors.len().saturating_sub(1) as u16;
+        let mut body = last.to_le_bytes().to_vec();
+        body.extend_from_slice(&table_offset.to_le_bytes());
+        body.extend_from_slice(&pending_offset.to_le_bytes());
+        body
+    }
+
+    /// Raises `vector`, or notes it as pending while it is masked. A vector that does not exist, as
+    /// the "no vector" of virtio, is nothing.
+    pub fn signal(&self, vector: u16) {
+        let mut table = self.lock();
+        if table.control & ENABLE == 0 {
+            return;
+        }
+        if let Some(vector) = table.vectors.get_mut(usize::from(vector)) {
+            vector.pending = true;
+        }
+        self.deliver(&mut table);
+    }
+
+    /// The guest wrote Message Control.
+    pub fn set_control(&self, control: u16) {
+        let mut table = self.lock();
+        table.control = control;
+        self.deliver(&mut table);
+    }
+
+    pub fn read_table(&self, offset: u64, data: &mut [u8]) {
+        let table = self.lock();
+        let Some((vector, at)) = locate(offset, data.len()) else {
+            return;
+        };
+        if let Some(vector) = table.vectors.get(vector) {
+            let bytes = vector.to_bytes();
+            if let Some(source) = bytes.get(at..at + data.len()) {
+                data.copy_from_slice(source);
+            }
+        }
+    }
+
+    pub fn write_table(&self, offset: u64, data: &[u8]) {
+        let mut table = self.lock();
+        let Some((vector, at)) = locate(offset, data.len()) else {
+            return;
+        };
+        if let Some(vector) = table.vectors.get_mut(vector) {
+            let mut bytes = vector.to_bytes();
+            if let Some(target) = bytes.get_mut(at..at + data.len()) {
+                target.copy_from_slice(data);
+                vector.set_bytes(&bytes);
+            }
+        }
+        self.deliver(&mut table);
+    }
+
+    /// The pending bits, one per vector.
+    pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
+        let table = self.lock();
+        let bits = table
+            .vectors
+            .iter()
+            .take(64)
+            .enumerate()
+            .fold(0u64, |bits, (i, vector)| {
+                bits | u64::from(vector.pending) << i
+            });
+        let bytes = bits.to_le_bytes();
+        for (at, byte) in (offset..).zip(data) {
+            let source = usize::try_from(at).ok().and_then(|at| bytes.get(at));
+            *byte = source.copied().unwrap_or(0);
+        }
+    }
+
+    /// Forgets interrupts not yet delivered: their device was reset.
+    pub fn clear_pending(&self) {
+        let mut table = self.lock();
+        for vector in &mut table.vectors {
+            vector.pending = false;
+        }
+    }
+
+    /// Sends what is pending and not masked.
+    fn deliver(&self, table: &mut Table) {
+        if table.control & ENABLE == 0 || table.control & MASK_ALL != 0 {
+            return;
+        }
+        for vector in &mut table.vectors {
+            if !vector.pending || vector.control & VECTOR_CONTROL_MASKED != 0 {
+                continue;
+            }
+            vector.pending = false;
+            // The guest chose the address. One that names no APIC reaches nobody, as on hardware.
+            if let Err(e) = self.sink.send(vector.address, vector.data) {
+                log::debug!("KVM_SIGNAL_MSI to {:#x}: {e}", vector.address);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Vector {
+    fn to_bytes(self) -> [u8; ENTRY] {
+        let low = u128::from(self.address);
+        let high = u128::from(self.data) | u128::from(self.control) << 32;
+        (low | high << 64).to_le_bytes()
+    }
+
+    fn set_bytes(&mut self, bytes: &[u8; ENTRY]) {
+        let value = u128::from_le_bytes(*bytes);
+        self.address = value as u64;
+        self.data = (value >> 64) as u32;
+        self.control = (value >> 96) as u32 & VECTOR_CONTROL_MASKED;
+    }
+}
+
+/// Vector and byte of an access to the table; accesses are 4 or 8 bytes, aligned.
+fn locate(offset: u64, length: usize) -> Option<(usize, usize)> {
+    let offset = usize::try_from(offset).ok()?;
+    let aligned = matches!(length, 4 | 8) && offset % length == 0;
+    aligned.then_some((offset / ENTRY, offset % ENTRY))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Sent(Mutex<Vec<(u64, u32)>>);
+
+    impl MessageSink for Sent {
+        fn send(&self, address: u64, data: u32) -> io::Result<()> {
+            self.0.lock().unwrap().push((address, data));
+            Ok(())
+        }
+    }
+
+    fn msix() -> (Arc<Sent>, Msix) {
+        let sent = Arc::new(Sent::default());
+        let msix = Msix::new(2, Arc::clone(&sent) as Arc<dyn MessageSink>);
+        msix.write_table(16, &0xfee0_1000u64.to_le_bytes());
+        msix.write_table(24, &0x41u32.to_le_bytes());
+        (sent, msix)
+    }
+
+    #[test]
+    fn a_masked_vector_waits_and_is_delivered_once() {
+        let (sent, msix) = msix();
+        msix.set_control(ENABLE);
+        msix.signal(1);
+        msix.signal(1);
+        let mut pending = [0; 8];
+        msix.read_pending(0, &mut pending);
+        assert_eq!(pending[0], 2);
+        assert!(sent.0.lock().unwrap().is_empty());
+        msix.write_table(28, &0u32.to_le_bytes());
+        assert_eq!(*sent.0.lock().unwrap(), [(0xfee0_1000, 0x41)]);
+        msix.signal(1);
+        assert_eq!(sent.0.lock().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn the_function_mask_and_enable_bit_hold_back() {
+        let (sent, msix) = msix();
+        msix.write_table(28, &0u32.to_le_bytes());
+        msix.signal(1);
+        msix.set_control(ENABLE | MASK_ALL);
+        msix.signal(1);
+        assert!(sent.0.lock().unwrap().is_empty());
+        msix.set_control(ENABLE);
+        assert_eq!(sent.0.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn vectors_and_accesses_that_do_not_exist_do_nothing() {
+        let (sent, msix) = msix();
+        msix.set_control(ENABLE);
+        msix.signal(0xffff);
+        msix.write_table(32, &[0; 4]);
+        msix.write_table(u64::MAX - 3, &[0; 4]);
+        msix.write_table(1, &[0; 4]);
+        let mut data = [7; 4];
+        msix.read_table(1 << 40, &mut data);
+        assert_eq!(data, [7; 4]);
+        assert!(sent.0.lock().unwrap().is_empty());
+        msix.read_table(24, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x41);
+    }
+}

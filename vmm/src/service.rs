@@ -1,0 +1,369 @@
+//! The machine service (`machine.proto`), for one client on one connection.
+//!
+//! Runs on the main thread alone. Everything long happens elsewhere: requests only start, ask or
+//! wait. When the client closes the connection the process ends, whatever the guest is doing.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{FromRawFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    pin::Pin,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    task::{Context, Poll},
+};
+
+use async_trait::async_trait;
+use futures_core::Stream;
+use husk_proto::{
+    DESCRIPTOR_FD, MACHINE_FD,
+    machine::{
+        BootRequest, BootResponse, ConnectRequest, ConnectResponse, PauseRequest, PauseResponse,
+        ResumeRequest, ResumeResponse, ShareRequest, ShareResponse, StatusRequest, StatusResponse,
+        StopRequest, StopResponse, UnshareRequest, UnshareResponse, WaitRequest, WaitResponse,
+        status_response, wait_response::Reason,
+    },
+    machine_ttrpc::{Machine, create_machine},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+    sync::Notify,
+};
+use ttrpc::{
+    Code,
+    r#async::{Server, TtrpcContext, transport::Listener},
+    get_status,
+};
+
+use crate::{
+    descriptors::{DescriptorError, Descriptors},
+    fs::{FileServer, ShareError},
+    vm::{BuildError, Config, Vm, ending::Cause},
+};
+
+/// The longest name of a share, in bytes.
+const SHARE_NAME_MAX: usize = 64;
+
+/// Serves the machine on the inherited descriptors, until the client closes the connection.
+///
+/// Must be called once: it takes the descriptors over.
+pub fn serve(files: FileServer) -> io::Result<()> {
+    // SAFETY: both were inherited for this purpose; nothing else in the process owns them.
+    let (machine, channel) = unsafe {
+        (
+            StdUnixStream::from_raw_fd(MACHINE_FD),
+            OwnedFd::from_raw_fd(DESCRIPTOR_FD),
+        )
+    };
+    machine.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()?;
+    runtime.block_on(async {
+        let closed = Arc::new(Notify::new());
+        let connection = Connection {
+            stream: UnixStream::from_std(machine)?,
+            closed: Arc::clone(&closed),
+        };
+        let service = Arc::new(MachineService {
+            descriptors: Mutex::new(Descriptors::new(channel)),
+            files: Arc::new(files),
+            vm: OnceLock::new(),
+        });
+        let mut server = Server::new()
+            .add_listener(Listener::new(Once(Some(connection))))
+            .register_service(create_machine(service));
+        server.start().await.map_err(io::Error::other)?;
+        closed.notified().await;
+        // The client is gone and with it every purpose of this process. Nothing is torn down: the
+        // kernel does it faster, and there is nobody to wait for.
+        std::process::exit(0)
+    })
+}
+
+/// The service's state. The VM is set by Boot and stays, also after its end.
+struct MachineService {
+    descriptors: Mutex<Descriptors>,
+    files: Arc<FileServer>,
+    vm: OnceLock<Arc<Vm>>,
+}
+
+impl MachineService {
+    fn take(&self, field: &'static str, token: u64) -> ttrpc::Result<OwnedFd> {
+        let mut descriptors = self
+            .descriptors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        descriptors.take(field, token).map_err(|e| {
+            let code = match &e {
+                DescriptorError::Unknown { .. } => Code::INVALID_ARGUMENT,
+                DescriptorError::Receive(_) => Code::INTERNAL,
+            };
+            status(code, e)
+        })
+    }
+
+    /// The VM, once booted.
+    fn vm(&self) -> ttrpc::Result<&Arc<Vm>> {
+        self.vm
+            .get()
+            .ok_or_else(|| status(Code::FAILED_PRECONDITION, "the machine was not booted"))
+    }
+
+    /// The VM, booted and not ended.
+    fn live_vm(&self) -> ttrpc::Result<&Arc<Vm>> {
+        let vm = self.vm()?;
+        match vm.ending().has_come() {
+            true => Err(status(Code::FAILED_PRECONDITION, "the machine has ended")),
+            false => Ok(vm),
+        }
+    }
+
+    fn config(&self, request: BootRequest) -> ttrpc::Result<Config> {
+        let vcpus = u8::try_from(request.vcpus)
+            .ok()
+            .filter(|vcpus| (1..=crate::vm::VCPUS_MAX).contains(vcpus))
+            .ok_or_else(|| status(Code::INVALID_ARGUMENT, BuildError::Vcpus(request.vcpus)))?;
+        Ok(Config {
+            kvm: self.take("kvm_fd", request.kvm_fd)?,
+            kernel: File::from(self.take("kernel_fd", request.kernel_fd)?),
+            initrd: File::from(self.take("initrd_fd", request.initrd_fd)?),
+            agent: self.take("agent_fd", request.agent_fd)?,
+            memory_bytes: request.memory_bytes,
+            vcpus,
+            cmdline: request.cmdline,
+        })
+    }
+}
+
+#[async_trait]
+impl Machine for MachineService {
+    async fn boot(&self, _: &TtrpcContext, request: BootRequest) -> ttrpc::Result<BootResponse> {
+        if self.vm.get().is_some() {
+            let message = "the machine was booted before";
+            return Err(status(Code::FAILED_PRECONDITION, message));
+        }
+        // Built right here: nothing else can be asked for before it is.
+        let vm = Vm::boot(self.config(request)?, Arc::clone(&self.files)).map_err(|e| {
+            let code = match e.is_clients() {
+                true => Code::INVALID_ARGUMENT,
+                false => Code::INTERNAL,
+            };
+            status(code, e)
+        })?;
+        let vm = self.vm.get_or_init(|| Arc::new(vm));
+        tokio::spawn(stop_at_end(Arc::clone(vm)));
+        Ok(BootResponse::new())
+    }
+
+    async fn status(&self, _: &TtrpcContext, _: StatusRequest) -> ttrpc::Result<StatusResponse> {
+        use status_response::State;
+        let (state, console, exits) = match self.vm.get() {
+            None => (State::WAITING, Vec::new(), 0),
+            Some(vm) => {
+                let state = match (vm.ending().has_come(), vm.paused()) {
+                    (true, _) => State::ENDED,
+                    (false, true) => State::PAUSED,
+                    (false, false) => State::RUNNING,
+                };
+                (state, vm.console(), vm.exits().total())
+            }
+        };
+        Ok(StatusResponse {
+            state: state.into(),
+            console,
+            exits,
+            ..Default::default()
+        })
+    }
+
+    async fn share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<ShareResponse> {
+        self.live_vm()?;
+        let root = self.take("fd", request.fd)?;
+        if !is_share_name(&request.name) {
+            let message = format!(
+                "name: {:?} is not 1 to {SHARE_NAME_MAX} of [a-z0-9-]",
+                request.name
+            );
+            return Err(status(Code::INVALID_ARGUMENT, message));
+        }
+        self.files
+            .share(&request.name, root, request.exclusive)
+            .map_err(|e| share_status(&e))?;
+        Ok(ShareResponse::new())
+    }
+
+    async fn unshare(
+        &self,
+        _: &TtrpcContext,
+        request: UnshareRequest,
+    ) -> ttrpc::Result<UnshareResponse> {
+        self.vm()?;
+        self.files
+            .unshare(&request.name)
+            .map_err(|e| share_status(&e))?;
+        Ok(UnshareResponse::new())
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        let vm = self.live_vm()?;
+        // All or none: no connection is made of a request that is wrong.
+        let connections = request
+            .connections
+            .iter()
+            .map(|connection| Ok((self.take("fd", connection.fd)?, connection.port)))
+            .collect::<ttrpc::Result<Vec<_>>>()?;
+        for (socket, port) in connections {
+            vm.dialer().dial(socket, port);
+        }
+        Ok(ConnectResponse::new())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<PauseResponse> {
+        let vm = self.live_vm()?;
+        vm.pause().await.map_err(|e| status(Code::INTERNAL, e))?;
+        Ok(PauseResponse::new())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<ResumeResponse> {
+        self.live_vm()?.resume();
+        Ok(ResumeResponse::new())
+    }
+
+    async fn stop(&self, _: &TtrpcContext, _: StopRequest) -> ttrpc::Result<StopResponse> {
+        let vm = self.vm()?;
+        vm.ending().report(Cause::Stopped, "");
+        vm.quit().await.map_err(|e| status(Code::INTERNAL, e))?;
+        Ok(StopResponse::new())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, _: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let vm = self.vm()?;
+        let end = vm.ending().wait().await;
+        Ok(WaitResponse {
+            reason: reason(end.cause).into(),
+            detail: end.detail,
+            console: vm.console(),
+            ..Default::default()
+        })
+    }
+}
+
+/// However the machine ends, none of its vCPUs runs on.
+async fn stop_at_end(vm: Arc<Vm>) {
+    vm.ending().wait().await;
+    log::debug!("{:?}", vm.exits());
+    if let Err(e) = vm.quit().await {
+        log::error!("{e}");
+    }
+}
+
+fn reason(cause: Cause) -> Reason {
+    match cause {
+        Cause::PoweredOff => Reason::POWERED_OFF,
+        Cause::Reset => Reason::RESET,
+        Cause::Panicked => Reason::PANICKED,
+        Cause::TripleFault => Reason::TRIPLE_FAULT,
+        Cause::KvmError => Reason::KVM_ERROR,
+        Cause::Stopped => Reason::STOPPED,
+        Cause::DeviceError => Reason::DEVICE_ERROR,
+    }
+}
+
+fn is_share_name(name: &str) -> bool {
+    let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
+    (1..=SHARE_NAME_MAX).contains(&name.len()) && name.bytes().all(allowed)
+}
+
+fn share_status(error: &ShareError) -> ttrpc::Error {
+    let code = match error {
+        ShareError::AlreadyExists(_) => Code::ALREADY_EXISTS,
+        ShareError::NotFound(_) => Code::NOT_FOUND,
+        ShareError::InvalidName(_) | ShareError::NotDirOrFile(_) => Code::INVALID_ARGUMENT,
+        ShareError::Root { .. } => Code::INTERNAL,
+    };
+    status(code, error)
+}
+
+fn status(code: Code, message: impl ToString) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(get_status(code, message))
+}
+
+/// The one connection, which tells when the client has closed it.
+struct Connection {
+    stream: UnixStream,
+    closed: Arc<Notify>,
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        let over = match &result {
+            Poll::Ready(Ok(())) => buffer.filled().len() == before && buffer.remaining() > 0,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
+        };
+        if over {
+            self.closed.notify_one();
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A listener that has accepted its one connection already, and waits for ever for another.
+struct Once<T>(Option<T>);
+
+impl<T: Unpin> Stream for Once<T> {
+    type Item = io::Result<T>;
+
+    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.0.take() {
+            Some(connection) => Poll::Ready(Some(Ok(connection))),
+            None => Poll::Pending,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn share_names_are_plain() {
+        assert!(is_share_name("rootfs-0"));
+        for name in ["", "..", "a/b", "A", "a b", &"x".repeat(65)] {
+            assert!(!is_share_name(name), "{name:?}");
+        }
+    }
+}

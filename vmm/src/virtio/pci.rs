@@ -1,0 +1,587 @@
+//! The PCI transport (virtio 1.2 §4.1), modern devices only, one memory BAR:
+//!
+//! ```text
+//! 0x0000  common configuration      0x0100  ISR      0x0200  device configuration
+//! 0x1000  doorbells, 4 bytes apart  0x2000  MSI-X table      0x3000  MSI-X pending bits
+//! ```
+//!
+//! It holds what the driver negotiates and turns it into a device's life. Everything here runs on a
+//! vCPU's thread with the bus locked. The alternative access through configuration space (§4.1.4.9)
+//! is left out: it serves firmware that cannot map the BAR, and costs each boot its exits.
+
+use std::sync::Arc;
+
+use virtio_queue::{Queue as Ring, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{
+    Activation, DeviceError, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Kind, VirtioDevice,
+    queue::{Interrupt, Queue, QueueError},
+};
+use crate::{
+    memory::GuestRam,
+    pci::{
+        Bar, PciDevice,
+        config::{ConfigSpace, Identity},
+        msix::{self, MessageSink, Msix},
+    },
+    vm::ending::{Cause, Ending},
+};
+
+/// Bytes of the BAR.
+pub const BAR_SIZE: u32 = 0x4000;
+const COMMON: u64 = 0x0000;
+const COMMON_SIZE: u64 = 0x40;
+const ISR: u64 = 0x0100;
+const ISR_SIZE: u64 = 4;
+const DEVICE: u64 = 0x0200;
+const DEVICE_SIZE: u64 = 0x100;
+const DOORBELLS: u64 = 0x1000;
+const DOORBELL_STEP: u64 = 4;
+const MSIX_TABLE: u64 = 0x2000;
+const MSIX_PENDING: u64 = 0x3000;
+
+const VENDOR: u16 = 0x1af4;
+const DEVICE_BASE: u16 = 0x1040;
+const MODERN_REVISION: u8 = 1;
+
+/// PCI capability "vendor specific", and the kinds of virtio structures in it (§4.1.4).
+const CAPABILITY_VENDOR: u8 = 0x09;
+const CFG_COMMON: u8 = 1;
+const CFG_NOTIFY: u8 = 2;
+const CFG_ISR: u8 = 3;
+const CFG_DEVICE: u8 = 4;
+
+/// Device status (§2.1).
+const STATUS_FEATURES_OK: u8 = 8;
+const STATUS_DRIVER_OK: u8 = 4;
+const STATUS_NEEDS_RESET: u8 = 64;
+
+const NO_VECTOR: u16 = 0xffff;
+const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
+
+/// A queue while the driver configures it.
+struct QueueSetup {
+    ring: Ring,
+    vector: u16,
+    doorbell: EventFd,
+}
+
+/// A virtio device on the PCI bus.
+pub struct VirtioPci {
+    config: ConfigSpace,
+    msix: Arc<Msix>,
+    msix_capability: u8,
+    ram: GuestRam,
+    ending: Ending,
+    device: Box<dyn VirtioDevice>,
+    kind: Kind,
+    queues: Vec<QueueSetup>,
+    status: u8,
+    device_feature_select: u32,
+    driver_feature_select: u32,
+    driver_features: u64,
+    config_vector: u16,
+    queue_select: u16,
+    bar: Bar,
+}
+
+impl VirtioPci {
+    /// Puts `device` behind `bar`, which must have [`BAR_SIZE`] bytes.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        bar: Bar,
+        ram: GuestRam,
+        sink: Arc<dyn MessageSink>,
+        ending: Ending,
+    ) -> Result<Self, DeviceError> {
+        let kind = device.kind();
+        let identity = Identity {
+            vendor: VENDOR,
+            device: DEVICE_BASE + kind.id,
+            revision: MODERN_REVISION,
+            class: kind.class,
+            subsystem: DEVICE_BASE + kind.id,
+        };
+        let mut queues = Vec::new();
+        for size in kind.queues {
+            queues.push(QueueSetup {
+                ring: Ring::new(*size).map_err(|e| DeviceError::Queue {
+                    device: kind.name,
+                    queue: "new",
+                    cause: e.into(),
+                })?,
+                vector: NO_VECTOR,
+                doorbell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(
+                    |cause| DeviceError::Host {
+                        device: kind.name,
+                        call: "eventfd",
+                        cause,
+                    },
+                )?,
+            });
+        }
+        // A vector for each queue and one for configuration changes.
+        let msix = Arc::new(Msix::new(queues.len() as u16 + 1, sink));
+        let mut config = ConfigSpace::new(identity, Some(bar));
+        // First what the kernel looks for most often.
+        let msix_capability = config.add_capability(
+            msix::CAPABILITY,
+            &msix.capability(MSIX_TABLE as u32, MSIX_PENDING as u32),
+            &msix::CAPABILITY_WRITABLE,
+        );
+        let doorbells_size = DOORBELL_STEP * queues.len() as u64;
+        for (cfg, offset, size) in [
+            (CFG_COMMON, COMMON, COMMON_SIZE),
+            (CFG_NOTIFY, DOORBELLS, doorbells_size),
+            (CFG_ISR, ISR, ISR_SIZE),
+            (CFG_DEVICE, DEVICE, DEVICE_SIZE),
+        ] {
+            config.add_capability(
+                CAPABILITY_VENDOR,
+                &virtio_capability(cfg, offset, size),
+                &[],
+            );
+        }
+        Ok(Self {
+            config,
+            msix,
+            msix_capability,
+            ram,
+            ending,
+            device,
+            kind,
+            queues,
+            status: 0,
+            device_feature_select: 0,
+            driver_feature_select: 0,
+            driver_features: 0,
+            config_vector: NO_VECTOR,
+            queue_select: 0,
+            bar,
+        })
+    }
+
+    /// The doorbells to register with KVM: guest physical address and eventfd.
+    pub fn doorbells(&self) -> impl Iterator<Item = (u64, &EventFd)> {
+        let base = self.bar.address + DOORBELLS;
+        let wanted = self.kind.doorbells;
+        (base..)
+            .step_by(DOORBELL_STEP as usize)
+            .zip(&self.queues)
+            .filter(move |_| wanted)
+            .map(|(address, queue)| (address, &queue.doorbell))
+    }
+
+    fn offered_features(&self) -> u64 {
+        FEATURES | self.kind.features
+    }
+
+    fn read_common(&self, offset: u64) -> u32 {
+        let queue = self.queues.get(usize::from(self.queue_select));
+        let ring = |value: fn(&Ring) -> u64| queue.map_or(0, |queue| value(&queue.ring));
+        let low = |value: u64| value as u32;
+        let high = |value: u64| (value >> 32) as u32;
+        match offset {
+            0x00 => self.device_feature_select,
+            0x04 => match self.device_feature_select {
+                0 => low(self.offered_features()),
+                1 => high(self.offered_features()),
+                _ => 0,
+            },
+            0x08 => self.driver_feature_select,
+            0x0c => match self.driver_feature_select {
+                0 => low(self.driver_features),
+                1 => high(self.driver_features),
+                _ => 0,
+            },
+            0x10 => self.config_vector.into(),
+            0x12 => self.queues.len() as u32,
+            0x14 => self.status.into(),
+            // The configurations never change: their generation is always 0.
+            0x15 => 0,
+            0x16 => self.queue_select.into(),
+            0x18 => low(ring(|ring| ring.size().into())),
+            0x1a => queue.map_or(NO_VECTOR, |queue| queue.vector).into(),
+            0x1c => low(ring(|ring| ring.ready().into())),
+            0x1e => self.queue_select.into(),
+            0x20 => low(ring(|ring| ring.desc_table())),
+            0x24 => high(ring(|ring| ring.desc_table())),
+            0x28 => low(ring(|ring| ring.avail_ring())),
+            0x2c => high(ring(|ring| ring.avail_ring())),
+            0x30 => low(ring(|ring| ring.used_ring())),
+            0x34 => high(ring(|ring| ring.used_ring())),
+            _ => 0,
+        }
+    }
+
+    fn write_common(&mut self, offset: u64, value: u32) {
+        match offset {
+            0x00 => self.device_feature_select = value,
+            0x08 => self.driver_feature_select = value,
+            0x0c => self.accept_features(value),
+            0x10 => self.config_vector = self.existing_vector(value),
+            0x14 => self.set_status(value as u8),
+            0x16 => self.queue_select = value as u16,
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    /// Registers of the selected queue. Its driver may only change them before DRIVER_OK.
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        let vector = self.existing_vector(value);
+        if self.status & STATUS_DRIVER_OK != 0 {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(usize::from(self.queue_select)) else {
+            return;
+        };
+        let ring = &mut queue.ring;
+        match offset {
+            0x18 => ring.set_size(value as u16),
+            0x1a => queue.vector = vector,
+            0x1c => ring.set_ready(value == 1),
+            0x20 => ring.set_desc_table_address(Some(value), None),
+            0x24 => ring.set_desc_table_address(None, Some(value)),
+            0x28 => ring.set_avail_ring_address(Some(value), None),
+            0x2c => ring.set_avail_ring_address(None, Some(value)),
+            0x30 => ring.set_used_ring_address(Some(value), None),
+            0x34 => ring.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    /// A vector reads back as "none" when the device does not have it (§4.1.5.1.3).
+    fn existing_vector(&self, value: u32) -> u16 {
+        match u16::try_from(value) {
+            Ok(vector) if usize::from(vector) <= self.queues.len() => vector,
+            _ => NO_VECTOR,
+        }
+    }
+
+    fn accept_features(&mut self, value: u32) {
+        if self.status & STATUS_FEATURES_OK != 0 {
+            return;
+        }
+        let value = u64::from(value);
+        self.driver_features = match self.driver_feature_select {
+            0 => self.driver_features & !0xffff_ffff | value,
+            1 => self.driver_features & 0xffff_ffff | value << 32,
+            _ => return,
+        };
+    }
+
+    fn set_status(&mut self, status: u8) {
+        if status == 0 {
+            self.reset();
+            return;
+        }
+        let gained = status & !self.status;
+        self.status |= status & !STATUS_NEEDS_RESET;
+        if gained & STATUS_FEATURES_OK != 0 && !self.features_acceptable() {
+            self.status &= !STATUS_FEATURES_OK;
+        }
+        if gained & STATUS_DRIVER_OK != 0 {
+            if let Err(e) = self.activate() {
+                log::warn!("{e}");
+                self.status |= STATUS_NEEDS_RESET;
+            }
+        }
+    }
+
+    /// Only what was offered, and never a device from before virtio 1.
+    fn features_acceptable(&self) -> bool {
+        let features = self.driver_features;
+        features & F_VERSION_1 != 0 && features & !self.offered_features() == 0
+    }
+
+    fn activate(&mut self) -> Result<(), DeviceError> {
+        let device = self.kind.name;
+        if self.status & STATUS_FEATURES_OK == 0 {
+            let what = "DRIVER_OK before the features were agreed on";
+            return Err(DeviceError::Driver { device, what });
+        }
+        let event_idx = self.driver_features & F_EVENT_IDX != 0;
+        let mut queues = Vec::new();
+        for setup in &self.queues {
+            let mut ring = Ring::try_from(setup.ring.state()).map_err(|e| DeviceError::Queue {
+                device,
+                queue: "configured",
+                cause: QueueError::Ring(e),
+            })?;
+            ring.set_event_idx(event_idx);
+            let interrupt = Interrupt {
+                msix: Arc::clone(&self.msix),
+                vector: setup.vector,
+            };
+            let doorbell = setup
+                .doorbell
+                .try_clone()
+                .map_err(|cause| DeviceError::Host {
+                    device,
+                    call: "dup of an eventfd",
+                    cause,
+                })?;
+            let queue = Queue::new(ring, &self.ram, doorbell, interrupt).map_err(|cause| {
+                DeviceError::Queue {
+                    device,
+                    queue: "configured",
+                    cause,
+                }
+            })?;
+            queues.push(queue);
+        }
+        self.device.activate(Activation {
+            ram: self.ram.clone(),
+            queues,
+            features: self.driver_features,
+        })
+    }
+
+    fn reset(&mut self) {
+        self.device.stop();
+        self.device.reset();
+        self.msix.clear_pending();
+        for queue in &mut self.queues {
+            queue.ring.reset();
+            queue.vector = NO_VECTOR;
+        }
+        self.status = 0;
+        self.device_feature_select = 0;
+        self.driver_feature_select = 0;
+        self.driver_features = 0;
+        self.config_vector = NO_VECTOR;
+        self.queue_select = 0;
+    }
+
+    /// A doorbell that KVM has not taken.
+    fn ring(&mut self, offset: u64) {
+        let index = (offset / DOORBELL_STEP) as u16;
+        let exists = usize::from(index) < self.queues.len();
+        let active = self.status & STATUS_DRIVER_OK != 0 && self.status & STATUS_NEEDS_RESET == 0;
+        if self.kind.doorbells || !exists || !active {
+            return;
+        }
+        if let Err(e) = self.device.notify(index) {
+            self.ending.report(Cause::DeviceError, e);
+        }
+    }
+}
+
+/// The body of a `struct virtio_pci_cap` (§4.1.4) behind its id and next pointer.
+fn virtio_capability(cfg: u8, offset: u64, size: u64) -> Vec<u8> {
+    let multiplier = (cfg == CFG_NOTIFY).then_some(DOORBELL_STEP as u32);
+    let length = if multiplier.is_some() { 20 } else { 16 };
+    let bar = 0;
+    let mut body = vec![length, cfg, bar, 0, 0, 0];
+    body.extend_from_slice(&(offset as u32).to_le_bytes());
+    body.extend_from_slice(&(size as u32).to_le_bytes());
+    body.extend(multiplier.into_iter().flat_map(u32::to_le_bytes));
+    body
+}
+
+impl PciDevice for VirtioPci {
+    fn read_config(&self, offset: u8, data: &mut [u8]) {
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u8, data: &[u8]) {
+        self.config.write(offset, data);
+        if offset & 0xfc == self.msix_capability {
+            self.msix
+                .set_control(self.config.word(self.msix_capability + 2));
+        }
+    }
+
+    fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        match offset {
+            COMMON..ISR if offset % data.len().max(1) as u64 == 0 && data.len() <= 4 => {
+                let value = self.read_common(offset).to_le_bytes();
+                for (byte, source) in data.iter_mut().zip(value) {
+                    *byte = source;
+                }
+            }
+            DEVICE..DOORBELLS => self.device.read_config(offset - DEVICE, data),
+            MSIX_TABLE..MSIX_PENDING => self.msix.read_table(offset - MSIX_TABLE, data),
+            MSIX_PENDING.. => self.msix.read_pending(offset - MSIX_PENDING, data),
+            _ => {}
+        }
+    }
+
+    fn write_bar(&mut self, offset: u64, data: &[u8]) {
+        match offset {
+            COMMON..ISR if data.len() <= 4 => {
+                let mut value = [0; 4];
+                for (byte, source) in value.iter_mut().zip(data) {
+                    *byte = *source;
+                }
+                self.write_common(offset, u32::from_le_bytes(value));
+            }
+            DOORBELLS..MSIX_TABLE => self.ring(offset - DOORBELLS),
+            MSIX_TABLE..MSIX_PENDING => self.msix.write_table(offset - MSIX_TABLE, data),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::virtio::queue::testing::{Count, ram};
+
+    const STATUS: u64 = 0x14;
+    const SELECT: u64 = 0x16;
+
+    /// Records its life.
+    #[derive(Default, Clone)]
+    struct Diary(Arc<Mutex<Vec<String>>>);
+
+    impl Diary {
+        fn note(&self, what: String) {
+            self.0.lock().unwrap().push(what);
+        }
+    }
+
+    impl VirtioDevice for Diary {
+        fn kind(&self) -> Kind {
+            Kind {
+                name: "diary",
+                id: 4,
+                class: 0xff_0000,
+                queues: &[16, 8],
+                features: 1,
+                doorbells: false,
+            }
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            data.fill(offset as u8);
+        }
+        fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+            let sizes: Vec<u16> = activation.queues.iter().map(|q| q.state().size).collect();
+            self.note(format!("activate {sizes:?} {:#x}", activation.features));
+            Ok(())
+        }
+        fn notify(&mut self, index: u16) -> Result<(), DeviceError> {
+            self.note(format!("notify {index}"));
+            Ok(())
+        }
+        fn stop(&mut self) -> Vec<Queue> {
+            self.note("stop".to_string());
+            Vec::new()
+        }
+    }
+
+    fn transport() -> (Diary, VirtioPci) {
+        let diary = Diary::default();
+        let bar = Bar {
+            address: 0xc000_0000,
+            size: BAR_SIZE,
+        };
+        let transport = VirtioPci::new(
+            Box::new(diary.clone()),
+            bar,
+            ram(),
+            Arc::new(Count::default()),
+            Ending::default(),
+        );
+        (diary, transport.unwrap())
+    }
+
+    fn read(transport: &mut VirtioPci, offset: u64, length: usize) -> u32 {
+        let mut data = [0; 4];
+        transport.read_bar(offset, &mut data[..length]);
+        u32::from_le_bytes(data)
+    }
+
+    fn negotiate(transport: &mut VirtioPci, low: u32, high: u32) {
+        transport.write_bar(STATUS, &[3]);
+        for (select, value) in [(0u32, low), (1, high)] {
+            transport.write_bar(0x08, &select.to_le_bytes());
+            transport.write_bar(0x0c, &value.to_le_bytes());
+        }
+        transport.write_bar(STATUS, &[3 | STATUS_FEATURES_OK]);
+    }
+
+    fn set_up_queues(transport: &mut VirtioPci) {
+        for queue in 0..2u16 {
+            transport.write_bar(SELECT, &queue.to_le_bytes());
+            transport.write_bar(0x18, &8u16.to_le_bytes());
+            for (at, address) in [(0x20, 0x1000u32), (0x28, 0x2000), (0x30, 0x3000)] {
+                transport.write_bar(at, &(address + u32::from(queue) * 0x4000).to_le_bytes());
+            }
+            transport.write_bar(0x1c, &1u16.to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn a_driver_brings_a_device_to_life() {
+        let (diary, mut transport) = transport();
+        assert_eq!(read(&mut transport, 0x12, 2), 2);
+        transport.write_bar(0, &1u32.to_le_bytes());
+        assert_eq!(read(&mut transport, 4, 4), 1);
+        negotiate(&mut transport, 1, 1);
+        assert_eq!(read(&mut transport, STATUS, 1), 11);
+        set_up_queues(&mut transport);
+        transport.write_bar(STATUS, &[15]);
+        transport.write_bar(DOORBELLS + 4, &1u16.to_le_bytes());
+        transport.write_bar(DOORBELLS + 8, &1u16.to_le_bytes());
+        transport.write_bar(STATUS, &[0]);
+        assert_eq!(read(&mut transport, STATUS, 1), 0);
+        assert_eq!(
+            *diary.0.lock().unwrap(),
+            ["activate [8, 8] 0x100000001", "notify 1", "stop"]
+        );
+    }
+
+    #[test]
+    fn features_never_offered_are_not_accepted() {
+        let (_, mut transport) = transport();
+        negotiate(&mut transport, 2, 1);
+        assert_eq!(read(&mut transport, STATUS, 1), 3);
+        transport.write_bar(STATUS, &[0]);
+        // No VERSION_1.
+        negotiate(&mut transport, 1, 0);
+        assert_eq!(read(&mut transport, STATUS, 1), 3);
+    }
+
+    #[test]
+    fn queues_outside_of_memory_fail_the_device() {
+        let (diary, mut transport) = transport();
+        negotiate(&mut transport, 0, 1);
+        set_up_queues(&mut transport);
+        transport.write_bar(0x34, &0xffff_ffffu32.to_le_bytes());
+        transport.write_bar(STATUS, &[15]);
+        assert_eq!(read(&mut transport, STATUS, 1), 15 | 64);
+        assert!(diary.0.lock().unwrap().is_empty());
+        // A doorbell of a failed device reaches nobody.
+        transport.write_bar(DOORBELLS, &[0, 0]);
+        assert!(diary.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn unready_queues_fail_the_device() {
+        let (diary, mut transport) = transport();
+        negotiate(&mut transport, 0, 1);
+        transport.write_bar(STATUS, &[15]);
+        assert_eq!(read(&mut transport, STATUS, 1), 15 | 64);
+        assert!(diary.0.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn odd_accesses_do_no_harm() {
+        let (_, mut transport) = transport();
+        for offset in (0..u64::from(BAR_SIZE)).step_by(3) {
+            for length in 1..=8 {
+                let mut data = [0xa5; 8];
+                transport.read_bar(offset, &mut data[..length]);
+                transport.write_bar(offset, &data[..length]);
+            }
+        }
+        transport.write_bar(SELECT, &0xffffu16.to_le_bytes());
+        assert_eq!(read(&mut transport, 0x18, 2), 0);
+        transport.write_bar(0x1c, &1u16.to_le_bytes());
+    }
+}

@@ -1,0 +1,384 @@
+//! A split virtqueue (virtio 1.2 §2.7) with its doorbell and interrupt, as devices use it.
+//!
+//! Whoever serves the queue owns it; there is no lock. The ring, the descriptors and what they point
+//! at are the guest's: a chain is copied out as checked slices of guest memory, or refused.
+
+use std::{io, sync::Arc};
+
+use virtio_queue::{Queue as Ring, QueueOwnedT, QueueState, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    memory::{GuestMemoryAccess, GuestMemoryError, GuestRam, VolatileSlice},
+    pci::msix::Msix,
+};
+
+/// The most buffers one chain may have: more than any driver of Linux makes.
+const BUFFERS_MAX: usize = 1024;
+
+/// What a driver did to a queue that no driver may do.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    #[error("the rings do not lie in guest memory")]
+    Rings,
+    #[error("more chains offered than the queue has entries")]
+    AvailableIndex,
+    #[error("a descriptor chain is broken at its head {0}")]
+    BrokenChain(u16),
+    #[error("a descriptor chain has more than {BUFFERS_MAX} buffers")]
+    LongChain,
+    #[error("a buffer of {length} bytes at {address:#x} is not in guest memory")]
+    Buffer { address: u64, length: u32 },
+    #[error("a descriptor chain has a readable buffer behind a writable one")]
+    Order,
+    #[error("a descriptor chain is shorter than its header")]
+    NoHeader,
+    #[error("{0}")]
+    Ring(#[from] virtio_queue::Error),
+    #[error("{0}")]
+    Memory(#[from] GuestMemoryError),
+}
+
+/// An interrupt of a device: one of its vectors, or none.
+#[derive(Clone)]
+pub struct Interrupt {
+    pub(super) msix: Arc<Msix>,
+    pub(super) vector: u16,
+}
+
+/// A queue in use.
+pub struct Queue {
+    ring: Ring,
+    doorbell: EventFd,
+    interrupt: Interrupt,
+}
+
+/// The buffers of one request, in guest memory.
+pub struct Chain<'m> {
+    head: u16,
+    /// What the device may read, then what it may write.
+    pub readable: Vec<VolatileSlice<'m>>,
+    pub writable: Vec<VolatileSlice<'m>>,
+}
+
+impl Queue {
+    /// Takes a queue as the driver has configured it. `ring` must be marked ready.
+    pub(super) fn new(
+        ring: Ring,
+        ram: &GuestRam,
+        doorbell: EventFd,
+        interrupt: Interrupt,
+    ) -> Result<Self, QueueError> {
+        if !ring.is_valid(ram) {
+            return Err(QueueError::Rings);
+        }
+        Ok(Self {
+            ring,
+            doorbell,
+            interrupt,
+        })
+    }
+
+    /// Ready when the driver has rung; read it with [`Self::quiet`].
+    pub fn doorbell(&self) -> &EventFd {
+        &self.doorbell
+    }
+
+    /// Clears the doorbell.
+    pub fn quiet(&self) -> io::Result<()> {
+        match self.doorbell.read() {
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    /// The next chain that the driver offers, or none.
+    pub fn pop<'m>(&mut self, ram: &'m GuestRam) -> Result<Option<Chain<'m>>, QueueError> {
+        let mut available = self.ring.iter(ram).map_err(|e| match e {
+            virtio_queue::Error::InvalidAvailRingIndex => QueueError::AvailableIndex,
+            other => QueueError::Ring(other),
+        })?;
+        let Some(mut descriptors) = available.next() else {
+            return Ok(None);
+        };
+        let mut chain = Chain {
+            head: descriptors.head_index(),
+            readable: Vec::new(),
+            writable: Vec::new(),
+        };
+        // The iterator ends early where a descriptor cannot be read: then the last one promised more.
+        let mut complete = false;
+        for descriptor in &mut descriptors {
+            if chain.readable.len() + chain.writable.len() >= BUFFERS_MAX {
+                return Err(QueueError::LongChain);
+            }
+            complete = !descriptor.has_next();
+            let buffers = if descriptor.is_write_only() {
+                &mut chain.writable
+            } else if chain.writable.is_empty() {
+                &mut chain.readable
+            } else {
+                return Err(QueueError::Order);
+            };
+            for slice in ram.get_slices(descriptor.addr(), descriptor.len() as usize) {
+                buffers.push(slice.map_err(|_| QueueError::Buffer {
+                    address: descriptor.addr().0,
+                    length: descriptor.len(),
+                })?);
+            }
+        }
+        match complete {
+            true => Ok(Some(chain)),
+            false => Err(QueueError::BrokenChain(chain.head)),
+        }
+    }
+
+    /// Puts the chain popped last back; it will be popped again.
+    pub fn unpop(&mut self) {
+        self.ring.go_to_previous_position();
+    }
+
+    /// Gives a chain back to the driver with `written` bytes in its writable buffers.
+    pub fn push(&mut self, ram: &GuestRam, head: u16, written: usize) -> Result<(), QueueError> {
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        Ok(self.ring.add_used(ram, head, written)?)
+    }
+
+    /// Interrupts the driver if it wants to know of what was pushed since the last call.
+    pub fn signal(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        if self.ring.needs_notification(ram)? {
+            self.interrupt.msix.signal(self.interrupt.vector);
+        }
+        Ok(())
+    }
+
+    /// Asks for the doorbell on the next chain. True when one is there already: pop on.
+    pub fn arm(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
+        Ok(self.ring.enable_notification(ram)?)
+    }
+
+    /// Asks for no doorbell until [`Self::arm`].
+    pub fn disarm(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
+        Ok(self.ring.disable_notification(ram)?)
+    }
+
+    /// Where the queue stands.
+    pub fn state(&self) -> QueueState {
+        self.ring.state()
+    }
+}
+
+impl<'m> Chain<'m> {
+    /// The descriptor to give back with [`Queue::push`].
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Takes the first `N` readable bytes out of the chain.
+    pub fn read_header<const N: usize>(&mut self) -> Result<[u8; N], QueueError> {
+        let mut header = [0; N];
+        let (first, rest) = split(&self.readable, N)?;
+        let mut at = 0;
+        for slice in first {
+            if let Some(target) = header.get_mut(at..) {
+                at += slice.copy_to(target);
+            }
+        }
+        self.readable = rest;
+        Ok(header)
+    }
+
+    /// Takes the first `length` writable bytes out of the chain.
+    pub fn take_writable(&mut self, length: usize) -> Result<Vec<VolatileSlice<'m>>, QueueError> {
+        let (first, rest) = split(&self.writable, length)?;
+        self.writable = rest;
+        Ok(first)
+    }
+}
+
+/// Bytes in all of `slices`.
+pub fn total(slices: &[VolatileSlice<'_>]) -> usize {
+    slices.iter().map(|slice| slice.len()).sum()
+}
+
+/// Copies `bytes` into `slices`, which must have room for them.
+pub fn fill(slices: &[VolatileSlice<'_>], bytes: &[u8]) {
+    let mut rest = bytes;
+    for slice in slices {
+        let (now, later) = rest.split_at(rest.len().min(slice.len()));
+        slice.copy_from(now);
+        rest = later;
+    }
+}
+
+/// The first `length` bytes of `slices`, and what follows.
+pub fn split<'m>(
+    slices: &[VolatileSlice<'m>],
+    length: usize,
+) -> Result<(Vec<VolatileSlice<'m>>, Vec<VolatileSlice<'m>>), QueueError> {
+    let mut left = length;
+    let (mut first, mut rest) = (Vec::new(), Vec::new());
+    for slice in slices {
+        let here = left.min(slice.len());
+        left -= here;
+        let (before, behind) = slice.split_at(here).map_err(|_| QueueError::NoHeader)?;
+        if !before.is_empty() {
+            first.push(before);
+        }
+        if !behind.is_empty() {
+            rest.push(behind);
+        }
+    }
+    match left {
+        0 => Ok((first, rest)),
+        _ => Err(QueueError::NoHeader),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Queues whose driver is the test.
+
+    use std::{io, sync::Mutex};
+
+    use virtio_queue::{
+        desc::{RawDescriptor, split::Descriptor},
+        mock::MockSplitQueue,
+    };
+
+    use super::*;
+    use crate::{memory::GuestAddress, pci::msix::MessageSink};
+
+    pub(crate) const NEXT: u16 = 1;
+    pub(crate) const WRITE: u16 = 2;
+    pub(crate) const INDIRECT: u16 = 4;
+
+    /// Where the test's buffers may lie; the rings are at the start of memory.
+    pub(crate) const BUFFERS: u64 = 0x10_0000;
+
+    /// Counts the messages sent.
+    #[derive(Default)]
+    pub(crate) struct Count(pub(crate) Mutex<usize>);
+
+    impl MessageSink for Count {
+        fn send(&self, _: u64, _: u32) -> io::Result<()> {
+            *self.0.lock().unwrap() += 1;
+            Ok(())
+        }
+    }
+
+    pub(crate) fn ram() -> GuestRam {
+        GuestRam::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap()
+    }
+
+    /// A queue of 16 entries at `start` and its driver's side.
+    pub(crate) fn queue(ram: &GuestRam, start: u64) -> (MockSplitQueue<'_, GuestRam>, Queue) {
+        let driver = MockSplitQueue::create(ram, GuestAddress(start), 16);
+        let ring: Ring = driver.create_queue().unwrap();
+        let msix = Arc::new(Msix::new(1, Arc::new(Count::default())));
+        let interrupt = Interrupt { msix, vector: 0 };
+        let doorbell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        (driver, Queue::new(ring, ram, doorbell, interrupt).unwrap())
+    }
+
+    /// Offers chains, as (address, length, flags, next) of all their descriptors from `first` on.
+    pub(crate) fn offer(
+        driver: &MockSplitQueue<'_, GuestRam>,
+        first: u16,
+        descriptors: &[(u64, u32, u16, u16)],
+    ) {
+        let descriptors: Vec<RawDescriptor> = descriptors
+            .iter()
+            .map(|&(address, length, flags, next)| {
+                Descriptor::new(address, length, flags, next).into()
+            })
+            .collect();
+        driver.add_desc_chains(&descriptors, first).unwrap();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{testing::*, *};
+    use crate::memory::{Bytes, GuestAddress};
+
+    fn pop_one(descriptors: &[(u64, u32, u16, u16)]) -> Result<(usize, usize), QueueError> {
+        let ram = ram();
+        let (driver, mut queue) = queue(&ram, 0);
+        offer(&driver, 0, descriptors);
+        let chain = queue.pop(&ram)?.unwrap();
+        Ok((total(&chain.readable), total(&chain.writable)))
+    }
+
+    #[test]
+    fn a_chain_is_split_into_readable_and_writable() {
+        let lengths = pop_one(&[
+            (BUFFERS, 44, NEXT, 1),
+            (BUFFERS + 0x1000, 100, NEXT, 2),
+            (BUFFERS + 0x2000, 7, WRITE, 0),
+        ]);
+        assert_eq!(lengths.unwrap(), (144, 7));
+    }
+
+    #[test]
+    fn hostile_chains_are_errors() {
+        // Outside of memory, over its end, and over the end of the address space.
+        for (address, length) in [(1 << 40, 1), ((4 << 20) - 1, 2), (u64::MAX, 2)] {
+            let result = pop_one(&[(address, length, 0, 0)]);
+            assert!(
+                matches!(result, Err(QueueError::Buffer { .. })),
+                "{result:?}"
+            );
+        }
+        let order = pop_one(&[(BUFFERS, 1, WRITE | NEXT, 1), (BUFFERS, 1, 0, 0)]);
+        assert!(matches!(order, Err(QueueError::Order)));
+        // A loop, and a descriptor that does not exist.
+        let endless = pop_one(&[(BUFFERS, 1, NEXT, 1), (BUFFERS, 1, NEXT, 0)]);
+        assert!(matches!(endless, Err(QueueError::BrokenChain(0))));
+        let missing = pop_one(&[(BUFFERS, 1, NEXT, 999)]);
+        assert!(matches!(missing, Err(QueueError::BrokenChain(0))));
+        // Indirect tables: of a broken size, outside of memory, within another.
+        for (address, length) in [(BUFFERS, 15), (1 << 40, 16), (u64::MAX - 7, 32)] {
+            let result = pop_one(&[(address, length, INDIRECT, 0)]);
+            assert!(matches!(result, Err(QueueError::BrokenChain(0))));
+        }
+    }
+
+    #[test]
+    fn an_available_index_from_nowhere_is_an_error() {
+        let ram = ram();
+        let (driver, mut queue) = queue(&ram, 0);
+        driver.avail().idx().store(u16::to_le(1000));
+        assert!(matches!(queue.pop(&ram), Err(QueueError::AvailableIndex)));
+    }
+
+    #[test]
+    fn an_indirect_table_may_not_be_endless() {
+        let ram = ram();
+        let (driver, mut queue) = queue(&ram, 0);
+        for index in 0..2000u64 {
+            let descriptor: virtio_queue::desc::RawDescriptor =
+                virtio_queue::desc::split::Descriptor::new(BUFFERS, 1, NEXT, index as u16 + 1)
+                    .into();
+            ram.write_obj(descriptor, GuestAddress(BUFFERS + 16 * index))
+                .unwrap();
+        }
+        offer(&driver, 0, &[(BUFFERS, 2000 * 16, INDIRECT, 0)]);
+        assert!(matches!(queue.pop(&ram), Err(QueueError::LongChain)));
+    }
+
+    #[test]
+    fn a_header_may_lie_in_pieces() {
+        let ram = ram();
+        let (driver, mut queue) = queue(&ram, 0);
+        ram.write_slice(b"abcdef", GuestAddress(BUFFERS)).unwrap();
+        offer(&driver, 0, &[(BUFFERS, 1, NEXT, 1), (BUFFERS + 1, 5, 0, 0)]);
+        let mut chain = queue.pop(&ram).unwrap().unwrap();
+        assert_eq!(&chain.read_header::<3>().unwrap(), b"abc");
+        assert_eq!(total(&chain.readable), 3);
+        assert!(matches!(
+            chain.read_header::<4>(),
+            Err(QueueError::NoHeader)
+        ));
+    }
+}

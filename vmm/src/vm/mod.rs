@@ -1,0 +1,393 @@
+//! The VM of a machine: built once from [`Config`], then running until it ends.
+//!
+//! Order of building, measured to matter: memory before vCPUs and interrupt controllers, for each
+//! later registration waits for a grace period of those that exist; doorbells last.
+//!
+//! A [`Vm`] is driven by the service; its vCPUs and devices run on threads of their own and report
+//! the end to its [`Ending`].
+
+pub mod boot_params;
+mod bus;
+mod coalesced;
+mod cpuid;
+pub mod ending;
+pub mod kernel;
+mod mp_table;
+mod registers;
+pub mod vcpu;
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{IntoRawFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use kvm_bindings::{
+    KVM_API_VERSION, KVM_CAP_COALESCED_PIO, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
+    kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+
+use self::{
+    bus::GuestBus,
+    coalesced::CoalescedWrites,
+    ending::Ending,
+    vcpu::{StuckVcpus, Vcpus},
+};
+use crate::{
+    devices::{
+        console::Console,
+        fs::FsDevice,
+        pvpanic::{self, Pvpanic},
+        reset_port::ResetPort,
+        rng::Rng,
+        vsock::{Dialer, Vsock},
+    },
+    fs::FileServer,
+    memory::{
+        self, GuestMemoryAccess, GuestMemoryRegion, GuestRam, MemoryError, MemoryRegionAddress,
+    },
+    pci::{PciBus, PciError, config::HostBridge, msix::MessageSink},
+    virtio::{
+        DeviceError, VirtioDevice,
+        pci::{self, VirtioPci},
+    },
+};
+
+/// The most vCPUs a machine has.
+pub const VCPUS_MAX: u8 = 64;
+/// Three pages that KVM needs on Intel, below the end of the MMIO hole.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// What a machine is made of.
+pub struct Config {
+    /// /dev/kvm.
+    pub kvm: OwnedFd,
+    pub kernel: File,
+    pub initrd: File,
+    /// The socket joined to the guest's connection to the agent port.
+    pub agent: OwnedFd,
+    pub memory_bytes: u64,
+    /// 1 to [`VCPUS_MAX`].
+    pub vcpus: u8,
+    /// Appended to the VMM's own command line.
+    pub cmdline: String,
+}
+
+/// A call of KVM, or one made for it, failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{call}: {cause}")]
+pub struct KvmError {
+    call: &'static str,
+    cause: io::Error,
+}
+
+impl KvmError {
+    fn of(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |e| Self {
+            call,
+            cause: e.into(),
+        }
+    }
+
+    fn refused_msr(index: u32) -> Self {
+        Self {
+            call: "KVM_SET_MSRS",
+            cause: io::Error::other(format!("register {index:#x} was refused")),
+        }
+    }
+
+    fn too_many(call: &'static str) -> Self {
+        Self {
+            call,
+            cause: io::ErrorKind::ArgumentListTooLong.into(),
+        }
+    }
+}
+
+/// Why a machine was not built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    #[error("vcpus: {0} is not between 1 and {VCPUS_MAX}")]
+    Vcpus(u32),
+    #[error("kvm: the descriptor is not /dev/kvm (KVM_GET_API_VERSION answers {0})")]
+    NotKvm(i32),
+    #[error("kvm: the host's KVM lacks {0}")]
+    Lacks(&'static str),
+    #[error(
+        "kvm: this CPU shows neither VMX nor SVM: /dev/kvm is served by a paravirtual KVM, which \
+         cannot run a kernel"
+    )]
+    Paravirtual,
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kernel(#[from] kernel::KernelError),
+    #[error(transparent)]
+    BootParams(#[from] boot_params::BootParamsError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+impl BuildError {
+    /// Whether the client asked for something that cannot be; else the host failed.
+    pub fn is_clients(&self) -> bool {
+        use kernel::KernelError;
+        match self {
+            Self::Vcpus(_) | Self::NotKvm(_) => true,
+            Self::Memory(e) => matches!(e, MemoryError::Size(_)),
+            Self::Kernel(e) => !matches!(e, KernelError::Io { .. } | KernelError::Load(_)),
+            Self::BootParams(e) => !matches!(
+                e,
+                boot_params::BootParamsError::Initrd(_)
+                    | boot_params::BootParamsError::MapInitrd(_)
+                    | boot_params::BootParamsError::Random(_)
+                    | boot_params::BootParamsError::Memory(_)
+            ),
+            _ => false,
+        }
+    }
+}
+
+/// A machine that was started.
+pub struct Vm {
+    vcpus: Vcpus,
+    console: Arc<Mutex<Console>>,
+    dialer: Dialer,
+    ending: Ending,
+    // Keeps the memory mapped as long as anything of the machine lives.
+    _ram: GuestRam,
+}
+
+impl Vm {
+    /// Builds the machine and starts its vCPUs.
+    pub fn boot(config: Config, files: Arc<FileServer>) -> Result<Self, BuildError> {
+        let regions = memory::layout(config.memory_bytes);
+        let low_end = regions.first().map_or(0, |(_, length)| *length);
+        let ram = memory::allocate(config.memory_bytes)?;
+        let entry = load(&config, &ram, &regions, low_end)?;
+        let kvm = open(config.kvm)?;
+        let vm = Arc::new(create_vm(&kvm, &ram)?);
+        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
+        let coalesced = coalesce(&vm, vcpus.first())?;
+
+        let ending = Ending::default();
+        let console: Arc<Mutex<Console>> = Arc::default();
+        let (vsock, dialer) = Vsock::new(config.agent, ending.clone())?;
+        let slots: [Box<dyn VirtioDevice>; 3] = [
+            Box::new(vsock),
+            Box::new(FsDevice::new(files, ending.clone())),
+            Box::new(Rng::default()),
+        ];
+        let mut pci = populate(slots, &vm, &ram, &ending)?;
+        let bar = pci.place_bar(pvpanic::BAR_SIZE)?;
+        let pvpanic = Pvpanic::new(bar, ending.clone(), Arc::clone(&console));
+        pci.add(Some(bar), Box::new(pvpanic))?;
+
+        let bus = GuestBus {
+            pci: Arc::new(Mutex::new(pci)),
+            console: Arc::clone(&console),
+            reset_port: ResetPort {
+                ending: ending.clone(),
+                console: Arc::clone(&console),
+            },
+            coalesced,
+        };
+        Ok(Self {
+            vcpus: Vcpus::start(vcpus, bus, ending.clone())?,
+            console,
+            dialer,
+            ending,
+            _ram: ram,
+        })
+    }
+
+    pub fn ending(&self) -> &Ending {
+        &self.ending
+    }
+
+    /// Joins sockets to the guest's vsock ports.
+    pub fn dialer(&self) -> &Dialer {
+        &self.dialer
+    }
+
+    /// Stops all vCPUs; returns once none of them runs.
+    pub async fn pause(&self) -> Result<(), StuckVcpus> {
+        self.vcpus.pause().await
+    }
+
+    pub fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Whether the vCPUs were told to pause.
+    pub fn paused(&self) -> bool {
+        self.vcpus.paused()
+    }
+
+    /// Ends all vCPUs for good; returns once none of them runs.
+    pub async fn quit(&self) -> Result<(), StuckVcpus> {
+        self.vcpus.quit().await
+    }
+
+    /// The last of what the guest kernel printed.
+    pub fn console(&self) -> Vec<u8> {
+        let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
+        console.contents()
+    }
+
+    pub fn exits(&self) -> &vcpu::Exits {
+        self.vcpus.exits()
+    }
+}
+
+/// Takes the descriptor of /dev/kvm, and makes sure it is one that can run a kernel.
+fn open(fd: OwnedFd) -> Result<Kvm, BuildError> {
+    // SAFETY: the descriptor is owned and passes its ownership on.
+    let kvm = unsafe { <Kvm as std::os::fd::FromRawFd>::from_raw_fd(fd.into_raw_fd()) };
+    let version = kvm.get_api_version();
+    if u32::try_from(version) != Ok(KVM_API_VERSION) {
+        return Err(BuildError::NotKvm(version));
+    }
+    for (cap, name) in [
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::SplitIrqchip, "KVM_CAP_SPLIT_IRQCHIP"),
+        (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
+        (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    ] {
+        if !kvm.check_extension(cap) {
+            return Err(BuildError::Lacks(name));
+        }
+    }
+    match has_virtualization() {
+        true => Ok(kvm),
+        false => Err(BuildError::Paravirtual),
+    }
+}
+
+/// Whether this CPU has VMX or SVM (Intel SDM volume 2A, AMD APM volume 3: CPUID).
+fn has_virtualization() -> bool {
+    use std::arch::x86_64::__cpuid;
+    // SAFETY: every x86-64 CPU has the instruction. (Newer compilers know.)
+    #[allow(unused_unsafe)]
+    let cpuid = |leaf| unsafe { __cpuid(leaf) };
+    let vmx = cpuid(1).ecx & 1 << 5 != 0;
+    let svm = cpuid(0x8000_0000).eax >= 0x8000_0001 && cpuid(0x8000_0001).ecx & 1 << 2 != 0;
+    vmx || svm
+}
+
+/// Fills guest memory with everything the kernel starts with. Returns its entry.
+fn load(
+    config: &Config,
+    ram: &GuestRam,
+    regions: &[(u64, u64)],
+    low_end: u64,
+) -> Result<u64, BuildError> {
+    let cmdline = boot_params::cmdline(&config.cmdline)?;
+    let kernel = kernel::load(&config.kernel, ram, low_end)?;
+    let initrd = boot_params::load_initrd(&config.initrd, ram, kernel.end, low_end)?;
+    boot_params::write(ram, regions, &cmdline, initrd)?;
+    mp_table::write(ram, config.vcpus).map_err(boot_params::BootParamsError::from)?;
+    Ok(kernel.entry)
+}
+
+fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, KvmError> {
+    let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
+    for (slot, region) in (0..).zip(ram.iter()) {
+        let host = region
+            .get_host_address(MemoryRegionAddress(0))
+            .map_err(|e| KvmError {
+                call: "find guest memory",
+                cause: io::Error::other(e),
+            })?;
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the range is a mapping of ours, which outlives the VM: `Vm` holds it.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(KvmError::of("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(KvmError::of("KVM_SET_TSS_ADDR"))?;
+    // Local APICs in the kernel and nothing else: no I/O APIC, so no routes reserved for one.
+    let split = kvm_enable_cap {
+        cap: KVM_CAP_SPLIT_IRQCHIP,
+        ..Default::default()
+    };
+    vm.enable_cap(&split)
+        .map_err(KvmError::of("KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)"))?;
+    Ok(vm)
+}
+
+/// The vCPUs, ready to run; the first at the kernel's `entry`.
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
+    let mut vcpus = Vec::new();
+    for index in 0..count {
+        let vcpu = vm
+            .create_vcpu(index.into())
+            .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count))
+            .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+        registers::prepare(&vcpu)?;
+        if index == 0 {
+            registers::start_at(&vcpu, entry)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// Has KVM collect port writes, where it can.
+fn coalesce(vm: &VmFd, vcpu: Option<&VcpuFd>) -> Result<Option<CoalescedWrites>, KvmError> {
+    let Some(vcpu) = vcpu else {
+        return Ok(None);
+    };
+    if vm.check_extension_raw(KVM_CAP_COALESCED_PIO.into()) <= 0 {
+        return Ok(None);
+    }
+    for (port, width) in bus::COALESCED {
+        vm.register_coalesced_mmio(IoEventAddress::Pio(port.into()), width)
+            .map_err(KvmError::of("KVM_REGISTER_COALESCED_MMIO"))?;
+    }
+    let ring = CoalescedWrites::map(vcpu).map_err(|cause| KvmError {
+        call: "map the ring of coalesced writes",
+        cause,
+    })?;
+    Ok(Some(ring))
+}
+
+/// A bus with the host bridge and the virtio devices in their slots, their doorbells registered.
+fn populate(
+    devices: [Box<dyn VirtioDevice>; 3],
+    vm: &Arc<VmFd>,
+    ram: &GuestRam,
+    ending: &Ending,
+) -> Result<PciBus, BuildError> {
+    let mut bus = PciBus::default();
+    bus.add(None, Box::new(HostBridge::default()))?;
+    for device in devices {
+        let bar = bus.place_bar(pci::BAR_SIZE)?;
+        let sink = Arc::clone(vm) as Arc<dyn MessageSink>;
+        let device = VirtioPci::new(device, bar, ram.clone(), sink, ending.clone())?;
+        for (address, doorbell) in device.doorbells() {
+            vm.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)
+                .map_err(KvmError::of("KVM_IOEVENTFD"))?;
+        }
+        bus.add(Some(bar), Box::new(device))?;
+    }
+    Ok(bus)
+}

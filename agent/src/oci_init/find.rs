@@ -1,0 +1,101 @@
+//! Finds the program that `process.args[0]` names, and fails as Go's `exec.LookPath` and runc do.
+//!
+//! Called as the container's user, in its directory and root.
+
+use std::fs;
+use std::io;
+
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+
+use super::failure::{Failure, words};
+
+pub(super) fn program(args: &[String], env: &[String]) -> Result<String, Failure> {
+    let Some(name) = args.first() else {
+        return Err(Failure::request("process.args: must not be empty"));
+    };
+    if name.contains('/') {
+        return match executable(name) {
+            Ok(()) => Ok(name.clone()),
+            Err(Refusal::Stat(error)) => Err(Failure::request(format!(
+                "exec: {name:?}: stat {name}: {}",
+                words(&error)
+            ))),
+            Err(Refusal::Unfit(error)) => Err(Failure::request(format!(
+                "exec: {name:?}: {}",
+                words(&error)
+            ))),
+        };
+    }
+    // The last of several counts, as for the program itself.
+    let path = env
+        .iter()
+        .rev()
+        .find_map(|entry| entry.strip_prefix("PATH="))
+        .unwrap_or_default();
+    for directory in path
+        .split(':')
+        .filter(|_| !path.is_empty() && !name.is_empty())
+    {
+        let candidate = if directory.is_empty() {
+            format!("./{name}")
+        } else {
+            format!("{directory}/{name}")
+        };
+        if executable(&candidate).is_ok() {
+            return Ok(candidate);
+        }
+    }
+    Err(Failure::request(format!(
+        "exec: {name:?}: executable file not found in $PATH"
+    )))
+}
+
+enum Refusal {
+    Stat(io::Error),
+    Unfit(io::Error),
+}
+
+fn executable(path: &str) -> Result<(), Refusal> {
+    let found = fs::metadata(path).map_err(Refusal::Stat)?;
+    if found.is_dir() {
+        return Err(Refusal::Unfit(io::Error::from_raw_os_error(libc::EISDIR)));
+    }
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+        .map_err(|error| Refusal::Unfit(error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(name: &str, path: &str) -> Result<String, String> {
+        program(&[name.into()], &["A=b".into(), format!("PATH={path}")])
+            .map_err(|failure| failure.reason)
+    }
+
+    #[test]
+    fn programs_are_found_or_named() {
+        assert_eq!(find("sh", "/nowhere:/bin").unwrap(), "/bin/sh");
+        assert_eq!(find("/bin/sh", "").unwrap(), "/bin/sh");
+        assert_eq!(
+            find("nosuch", "/bin").unwrap_err(),
+            "exec: \"nosuch\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            find("sh", "").unwrap_err(),
+            "exec: \"sh\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            find("/x", "/bin").unwrap_err(),
+            "exec: \"/x\": stat /x: no such file or directory"
+        );
+        assert_eq!(
+            find("/etc", "/bin").unwrap_err(),
+            "exec: \"/etc\": is a directory"
+        );
+        assert_eq!(
+            find("/etc/passwd", "/bin").unwrap_err(),
+            "exec: \"/etc/passwd\": permission denied"
+        );
+    }
+}

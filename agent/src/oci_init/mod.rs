@@ -1,0 +1,200 @@
+//! `oci-init`: from a fresh process to the container's program, in the order in which runc does it.
+//!
+//! A process of its own, single-threaded, started by `launch`. It gets its orders over the control
+//! socket (descriptor 3) and reports every failure there. Its memory is a container's soon: it must
+//! hold no secrets, and must leave nothing open that the program could use.
+
+mod become_user;
+mod console;
+mod devices;
+mod failure;
+mod find;
+mod inside;
+mod mount_options;
+mod mounts;
+mod rootfs;
+
+use std::ffi::CString;
+use std::fs;
+use std::os::fd::AsFd;
+
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
+
+use crate::control::{Blame, ContainerPlan, Helper, Order, ProcessPlan, Report};
+use crate::spec::process::Process;
+use crate::spec::{NamespaceKind, Spec};
+use crate::sys::{self, Forked};
+
+use failure::{Explain, Failure};
+
+/// Descriptors beside 0, 1 and 2 that `launch` gives.
+const CONTROL: i32 = 3;
+const INIT: i32 = 4;
+
+/// The whole life of the helper.
+pub fn run() -> ! {
+    // SAFETY: `launch` has put the socket there, and nothing in this process owns it yet.
+    let mut helper = Helper::new(unsafe { sys::inherited(CONTROL) });
+    std::panic::set_hook(Box::new(|panic| {
+        let report = Report::Failed {
+            reason: format!("oci-init: {panic}"),
+            blame: Blame::Guest,
+        };
+        // SAFETY: its first owner does nothing more: the process ends here.
+        Helper::new(unsafe { sys::inherited(CONTROL) })
+            .report(&report)
+            .ok();
+        sys::exit(101);
+    }));
+    let Err(failure) = obey(&mut helper);
+    helper
+        .report(&Report::Failed {
+            reason: failure.reason,
+            blame: failure.blame,
+        })
+        .ok();
+    sys::exit(1)
+}
+
+/// Never succeeds in returning: success is another program.
+fn obey(helper: &mut Helper) -> Result<std::convert::Infallible, Failure> {
+    rustix::io::fcntl_setfd(helper.as_fd(), rustix::io::FdFlags::CLOEXEC)
+        .guest(|| "keep the control socket".into())?;
+    // Nobody inside the container may look into this process, or through its /proc entries.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).guest(|| "become undumpable".into())?;
+    match helper.order()? {
+        Order::Container(plan) => container(helper, &plan),
+        Order::Process(plan) => process(helper, &plan),
+        Order::Go => Err(Failure::guest("order Go before any plan")),
+    }
+}
+
+/// The init of a container. It was born into its namespaces and its cgroup.
+fn container(
+    helper: &mut Helper,
+    plan: &ContainerPlan,
+) -> Result<std::convert::Infallible, Failure> {
+    let ContainerPlan { spec, cgroup } = plan;
+    rustix::process::setsid().guest(|| "make a session".into())?;
+    if spec.has(NamespaceKind::Cgroup) {
+        // From inside the cgroup, so that it becomes the namespace's root.
+        sys::unshare(libc::CLONE_NEWCGROUP).guest(|| "make a cgroup namespace".into())?;
+    }
+    score_oom(&spec.process)?;
+    name_host(spec)?;
+    let root = rootfs::build(spec, cgroup)?;
+    rootfs::enter(&root)?;
+    if spec.process.terminal {
+        console::open_terminal(helper, &spec.process, true)?;
+    }
+    rootfs::finish(spec, &root)?;
+    drop(root);
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(
+        spec.process.user.umask.unwrap_or(0o022),
+    ));
+    let program = confine(&spec.process)?;
+    helper.report(&Report::Ready)?;
+    wait_for_go(helper)?;
+    execute(helper, program)
+}
+
+/// A process added to a container. It was born into the agent's namespaces and the container's cgroup.
+fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infallible, Failure> {
+    score_oom(&plan.process)?;
+    {
+        // SAFETY: `launch` has put the pidfd there, and nothing in this process owns it yet.
+        let init = unsafe { sys::inherited(INIT) };
+        let namespaces = ThreadNameSpaceType::from_bits_retain(plan.namespaces.unsigned_abs());
+        move_into_thread_name_spaces(init.as_fd(), namespaces)
+            .guest(|| "join the container's namespaces".into())?;
+    }
+    // Only a child is inside the pid namespace. It is the agent's child, not this process's.
+    const CLONE_PARENT: u64 = 0x8000;
+    // SAFETY: this process has a single thread.
+    match unsafe { sys::fork(CLONE_PARENT, None) }.guest(|| "fork into the container".into())? {
+        Forked::Parent { pid, .. } => {
+            helper.report(&Report::Spawned { pid })?;
+            sys::exit(0)
+        }
+        Forked::Child => {}
+    }
+    rustix::process::setsid().guest(|| "make a session".into())?;
+    wait_for_go(helper)?;
+    if plan.process.terminal {
+        console::open_terminal(helper, &plan.process, false)?;
+    }
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(
+        plan.process.user.umask.unwrap_or(0o022),
+    ));
+    let program = confine(&plan.process)?;
+    execute(helper, program)
+}
+
+/// The agent gave up when it says nothing more; then so does this process.
+fn wait_for_go(helper: &mut Helper) -> Result<(), Failure> {
+    match helper.order()? {
+        Order::Go => Ok(()),
+        _ => Err(Failure::guest("another plan in place of Go")),
+    }
+}
+
+/// Always written: the agent's own score, which children inherit, spares it.
+fn score_oom(process: &Process) -> Result<(), Failure> {
+    let score = process.oom_score_adj.unwrap_or(0);
+    fs::write("/proc/self/oom_score_adj", score.to_string())
+        .guest(|| format!("process.oomScoreAdj: write {score}"))
+}
+
+fn name_host(spec: &Spec) -> Result<(), Failure> {
+    if !spec.hostname.is_empty() {
+        rustix::system::sethostname(spec.hostname.as_bytes())
+            .request(|| format!("hostname: set {:?}", spec.hostname))?;
+    }
+    if !spec.domainname.is_empty() {
+        rustix::system::setdomainname(spec.domainname.as_bytes())
+            .request(|| format!("domainname: set {:?}", spec.domainname))?;
+    }
+    for (key, value) in &spec.linux.sysctl {
+        // Through the guest's /proc, which shows the namespaces of whoever looks.
+        let path = format!("/proc/sys/{}", key.replace('.', "/"));
+        fs::write(&path, value).request(|| format!("linux.sysctl: write {value:?} to {path}"))?;
+    }
+    Ok(())
+}
+
+/// What is to be executed, when nothing can be allocated or looked up any more.
+struct Program {
+    path: CString,
+    args: Vec<CString>,
+    env: Vec<CString>,
+}
+
+/// Limits, privileges, user and directory, in runc's order; the last of it finds the program as the
+/// user it is for.
+fn confine(process: &Process) -> Result<Program, Failure> {
+    // Everything but the standard streams; the control socket until execve, which tells of success.
+    sys::close_on_exec_from(3).guest(|| "mark descriptors close-on-exec".into())?;
+    become_user::limit(process)?;
+    let env = become_user::become_user(process)?;
+    let path = find::program(&process.args, &env)?;
+    let strings = |list: &[String]| {
+        list.iter()
+            .map(|text| CString::new(text.as_str()))
+            .collect::<Result<Vec<_>, _>>()
+    };
+    let nul = |_| Failure::request("process.args or process.env contains a NUL byte");
+    Ok(Program {
+        path: CString::new(path).map_err(nul)?,
+        args: strings(&process.args).map_err(nul)?,
+        env: strings(&env).map_err(nul)?,
+    })
+}
+
+fn execute(helper: &mut Helper, program: Program) -> Result<std::convert::Infallible, Failure> {
+    helper.report(&Report::Executing)?;
+    sys::reset_signals();
+    let error = sys::execve(&program.path, &program.args, &program.env);
+    Err::<std::convert::Infallible, _>(error)
+        .request(|| format!("exec {}", program.path.to_string_lossy()))
+}

@@ -1,0 +1,141 @@
+//! The container's view of files: built beside the guest's, entered, and closed.
+//!
+//! Three steps, because each needs the one before: [`build`] still sees the guest's tree (sources of
+//! binds); [`enter`] leaves it for good; [`finish`] takes away what was needed until then.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{FileType, fstat};
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+use rustix::process::{chdir, fchdir, pivot_root};
+
+use super::failure::{Explain, Failure};
+use super::inside::Root;
+use super::{devices, mounts};
+use crate::spec::{NamespaceKind, Spec};
+use crate::sys::{MountAttributes, mount_setattr};
+
+const READ_ONLY: MountAttributes = MountAttributes {
+    set: libc::MOUNT_ATTR_RDONLY,
+    clear: 0,
+    propagation: 0,
+    userns_fd: 0,
+};
+
+pub(super) struct Rootfs {
+    root: Root,
+    /// Mounts to be made read-only at the end.
+    read_only: Vec<OwnedFd>,
+}
+
+/// Makes the tree at `root.path` with all mounts and devices.
+pub(super) fn build(spec: &Spec, cgroup: &Path) -> Result<Rootfs, Failure> {
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )
+    .guest(|| "make all mounts private".into())?;
+    let path = &spec.root.path;
+    let at = || format!("root.path {path}");
+    let tree = mounts::clone(path, true).request(at)?;
+    if FileType::from_raw_mode(fstat(&tree).guest(at)?.st_mode) != FileType::Directory {
+        return Err(io::Error::from_raw_os_error(libc::ENOTDIR)).request(at);
+    }
+    // Over itself: the new root of pivot_root must be a mount.
+    let below = rustix::fs::open(
+        path,
+        rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
+        rustix::fs::Mode::empty(),
+    );
+    mounts::attach(tree.as_fd(), below.request(at)?.as_fd()).guest(at)?;
+    let root = Root::new(tree);
+
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let own_cgroup = (!spec.has(NamespaceKind::Cgroup)).then_some(cgroup);
+    let mut read_only = Vec::new();
+    for (index, mount) in spec.mounts.iter().enumerate() {
+        read_only.extend(mounts::mount(&root, index, mount, own_cgroup)?);
+    }
+    rustix::process::umask(rustix::fs::Mode::empty());
+    devices::make(&root, spec)?;
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    Ok(Rootfs { root, read_only })
+}
+
+/// Makes the tree the root, and the guest's tree unreachable.
+pub(super) fn enter(rootfs: &Rootfs) -> Result<(), Failure> {
+    let at = || "enter the root (pivot_root)".to_string();
+    fchdir(&rootfs.root).guest(at)?;
+    // Over itself, the old root needs no directory of the image, and comes off at once (pivot_root(2)).
+    pivot_root(".", ".").guest(at)?;
+    unmount(".", UnmountFlags::DETACH).guest(at)?;
+    chdir("/").guest(at)
+}
+
+/// Read-only and masked paths, as the last thing that needs the mounts writable.
+pub(super) fn finish(spec: &Spec, rootfs: &Rootfs) -> Result<(), Failure> {
+    for tree in &rootfs.read_only {
+        mount_setattr(tree.as_fd(), false, &READ_ONLY).guest(|| "make a tmpfs read-only".into())?;
+    }
+    if spec.root.readonly {
+        mount_setattr(rootfs.root.as_fd(), false, &READ_ONLY).guest(|| "root.readonly".into())?;
+    }
+    for path in &spec.linux.readonly_paths {
+        unless_missing(make_read_only(&rootfs.root, path))
+            .request(|| format!("linux.readonlyPaths: {path}"))?;
+    }
+    mask(spec, &rootfs.root)
+}
+
+fn make_read_only(root: &Root, path: &str) -> io::Result<()> {
+    let target = root.open(path)?;
+    let tree = mounts::clone_of(target.as_fd(), true)?;
+    mount_setattr(tree.as_fd(), false, &READ_ONLY)?;
+    mounts::attach(tree.as_fd(), target.as_fd())
+}
+
+/// Files are covered by /dev/null, directories by one empty, read-only tmpfs that all of them share.
+fn mask(spec: &Spec, root: &Root) -> Result<(), Failure> {
+    let mut empty: Option<OwnedFd> = None;
+    for path in &spec.linux.masked_paths {
+        let at = || format!("linux.maskedPaths: {path}");
+        let target = match root.open(path) {
+            Err(error) if is_missing(&error) => continue,
+            other => other.request(at)?,
+        };
+        if FileType::from_raw_mode(fstat(&target).guest(at)?.st_mode) != FileType::Directory {
+            let null = root
+                .open("/dev/null")
+                .and_then(|null| mounts::clone_of(null.as_fd(), false));
+            mounts::attach(null.request(at)?.as_fd(), target.as_fd()).request(at)?;
+            continue;
+        }
+        let tree = match &empty {
+            Some(first) => mounts::clone_of(first.as_fd(), false).guest(at)?,
+            None => mounts::new("tmpfs", "tmpfs", &[])?,
+        };
+        mount_setattr(tree.as_fd(), false, &READ_ONLY).guest(at)?;
+        mounts::attach(tree.as_fd(), target.as_fd()).request(at)?;
+        empty.get_or_insert(tree);
+    }
+    Ok(())
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
+fn unless_missing(result: io::Result<()>) -> io::Result<()> {
+    result.or_else(|error| {
+        if is_missing(&error) {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })
+}

@@ -1,0 +1,189 @@
+//! The pod: all containers of this guest, and what the guest itself is asked for.
+//!
+//! The one owner of the containers, on one thread; `service` speaks to it through [`Door`]. It hands
+//! a request to its container and never waits for one container before it serves another.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::rc::Rc;
+use std::time::Duration;
+
+use husk_proto::agent::Stdio;
+use rustix::time::{ClockId, Timespec, clock_settime};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_local;
+use tokio::time::timeout;
+
+use crate::container::{Container, Ground};
+use crate::fault::Fault;
+use crate::spec::{self, Spec};
+use crate::sys;
+
+/// How long file systems may take to write back before a shutdown.
+const SYNC_PATIENCE: Duration = Duration::from_secs(5);
+const NANOSECONDS: u64 = 1_000_000_000;
+
+pub struct Pod {
+    ground: Rc<Ground>,
+    /// Done before the first container; the result is remembered when it is good.
+    prepare: fn() -> io::Result<()>,
+    prepared: Cell<bool>,
+    containers: RefCell<HashMap<String, Slot>>,
+}
+
+enum Slot {
+    /// The id is taken, the container is being made.
+    Creating,
+    Live(Rc<Container>),
+}
+
+/// How requests reach the pod from the ttrpc side, whose futures may be dropped half way and may be
+/// on any thread: the work itself is the pod's own task and always runs to its end.
+#[derive(Clone)]
+pub struct Door(mpsc::UnboundedSender<Work>);
+
+type Work = Box<dyn FnOnce(Rc<Pod>) + Send>;
+
+impl Door {
+    /// Asks the pod; `work` runs on its thread.
+    pub async fn ask<T, F, Fut>(&self, work: F) -> Result<T, Fault>
+    where
+        T: Send + 'static,
+        F: FnOnce(Rc<Pod>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, Fault>> + 'static,
+    {
+        let (answer, answered) = oneshot::channel();
+        let work: Work = Box::new(move |pod| {
+            spawn_local(async move {
+                answer.send(work(pod).await).ok();
+            });
+        });
+        let gone = || Fault::Broken("the agent is shutting down".into());
+        self.0.send(work).map_err(|_| gone())?;
+        answered.await.map_err(|_| gone())?
+    }
+}
+
+impl Pod {
+    /// A pod and the door to it. `prepare` is called before the first container.
+    pub fn open(ground: Ground, prepare: fn() -> io::Result<()>) -> Door {
+        let pod = Rc::new(Self {
+            ground: Rc::new(ground),
+            prepare,
+            prepared: Cell::new(false),
+            containers: RefCell::default(),
+        });
+        let (door, mut requests) = mpsc::unbounded_channel::<Work>();
+        spawn_local(async move {
+            while let Some(work) = requests.recv().await {
+                work(Rc::clone(&pod));
+            }
+        });
+        Door(door)
+    }
+
+    pub fn container(&self, id: &str) -> Result<Rc<Container>, Fault> {
+        match self.containers.borrow().get(id) {
+            Some(Slot::Live(container)) => Ok(Rc::clone(container)),
+            Some(Slot::Creating) => Err(Fault::State(format!("container {id:?} is being created"))),
+            None => Err(Fault::NotFound(format!("container {id:?}"))),
+        }
+    }
+
+    /// Creates a container from config.json; the pid of its init.
+    pub async fn create(&self, id: &str, json: &[u8], stdio: &Stdio) -> Result<u32, Fault> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+        if id.is_empty() || id.len() > 128 || id.starts_with('.') || !id.chars().all(plain) {
+            return Err(Fault::Invalid(format!(
+                "container_id: {id:?} is no identifier"
+            )));
+        }
+        let spec: Spec = spec::parse(json)?;
+        spec.validate()?;
+        if self.containers.borrow().contains_key(id) {
+            return Err(Fault::Exists(format!("container {id:?}")));
+        }
+        if !self.prepared.get() {
+            (self.prepare)()
+                .map_err(|error| Fault::Broken(format!("prepare for containers: {error}")))?;
+            self.prepared.set(true);
+        }
+        self.containers
+            .borrow_mut()
+            .insert(id.into(), Slot::Creating);
+        match Container::create(Rc::clone(&self.ground), id, spec, stdio).await {
+            Ok(container) => {
+                let pid = container.pid();
+                self.containers
+                    .borrow_mut()
+                    .insert(id.into(), Slot::Live(container));
+                Ok(pid)
+            }
+            Err(fault) => {
+                self.containers.borrow_mut().remove(id);
+                Err(fault)
+            }
+        }
+    }
+
+    pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(), Fault> {
+        let container = self.container(id)?;
+        if !exec_id.is_empty() {
+            return container.forget(exec_id).await;
+        }
+        container.delete().await?;
+        self.containers.borrow_mut().remove(id);
+        Ok(())
+    }
+
+    /// Kills everything and writes back what is dirty, within bounds. The guest goes on until it is
+    /// powered off.
+    pub async fn shut_down(&self) -> Result<(), Fault> {
+        let containers: Vec<Rc<Container>> = {
+            let slots = self.containers.borrow();
+            slots
+                .values()
+                .filter_map(|slot| {
+                    if let Slot::Live(container) = slot {
+                        Some(Rc::clone(container))
+                    } else {
+                        None
+                    }
+                })
+                .collect()
+        };
+        for container in &containers {
+            container
+                .signal("", libc::SIGKILL.unsigned_abs(), true)
+                .await
+                .ok();
+        }
+        let synced = tokio::task::spawn_blocking(rustix::fs::sync);
+        if timeout(SYNC_PATIENCE, synced).await.is_err() {
+            log::warn!("shutdown: file systems are not written back after {SYNC_PATIENCE:?}");
+        }
+        Ok(())
+    }
+}
+
+/// Gives the guest its time and its randomness.
+pub fn identify(wall_clock_ns: u64, entropy: &[u8]) -> Result<(), Fault> {
+    if !(32..=512).contains(&entropy.len()) {
+        return Err(Fault::Invalid(format!(
+            "entropy: {} bytes are not 32 to 512",
+            entropy.len()
+        )));
+    }
+    let broken = |what: &str, error: io::Error| Fault::Broken(format!("{what}: {error}"));
+    let now = Timespec {
+        tv_sec: i64::try_from(wall_clock_ns / NANOSECONDS).unwrap_or(i64::MAX),
+        tv_nsec: (wall_clock_ns % NANOSECONDS) as i64,
+    };
+    clock_settime(ClockId::Realtime, now).map_err(|error| broken("set the clock", error.into()))?;
+    let random =
+        std::fs::File::open("/dev/urandom").map_err(|error| broken("open /dev/urandom", error))?;
+    sys::add_entropy(std::os::fd::AsFd::as_fd(&random), entropy)
+        .map_err(|error| broken("add entropy", error))
+}

@@ -1,0 +1,327 @@
+//! The OCI runtime specification as the agent understands it: config.json, 1.2, Linux.
+//!
+//! Owned by `pod`, which reads it once per request. Every field of the specification is listed; one
+//! that the agent does not act on has the type [`unset::Unset`], and one that is not listed is an
+//! error. So nothing a user asked for is ever dropped in silence. Errors name the field by its path.
+
+pub mod process;
+pub mod resources;
+pub mod unset;
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
+use thiserror::Error;
+
+use process::Process;
+use resources::Resources;
+use unset::Unset;
+
+/// What is wrong with a specification, and where.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{field}: {what}")]
+pub struct Problem {
+    field: String,
+    what: String,
+}
+
+impl Problem {
+    pub fn new(field: impl Into<String>, what: impl Into<String>) -> Self {
+        Self {
+            field: field.into(),
+            what: what.into(),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Spec {
+    #[serde(default)]
+    pub oci_version: String,
+    pub root: Root,
+    pub process: Process,
+    #[serde(default, deserialize_with = "or_default")]
+    pub hostname: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub domainname: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub mounts: Vec<Mount>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub linux: Linux,
+    /// For the host's eyes; read so that a malformed one is an error here too.
+    #[serde(default, skip_serializing, deserialize_with = "or_default")]
+    pub annotations: HashMap<String, String>,
+
+    #[serde(default, skip_serializing)]
+    pub hooks: Unset,
+    #[serde(default, skip_serializing)]
+    pub solaris: Unset,
+    #[serde(default, skip_serializing)]
+    pub windows: Unset,
+    #[serde(default, skip_serializing)]
+    pub vm: Unset,
+    #[serde(default, skip_serializing)]
+    pub zos: Unset,
+}
+
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Root {
+    /// Absolute, in the guest.
+    pub path: String,
+    #[serde(default)]
+    pub readonly: bool,
+}
+
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Mount {
+    pub destination: String,
+    #[serde(default, rename = "type", deserialize_with = "or_default")]
+    pub kind: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub source: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub options: Vec<String>,
+
+    #[serde(default, skip_serializing)]
+    pub uid_mappings: Unset,
+    #[serde(default, skip_serializing)]
+    pub gid_mappings: Unset,
+}
+
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Linux {
+    #[serde(default, deserialize_with = "or_default")]
+    pub resources: Resources,
+    /// Below the guest's cgroup root, whether it begins with a slash or not.
+    #[serde(default, deserialize_with = "or_default")]
+    pub cgroups_path: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub namespaces: Vec<Namespace>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub devices: Vec<Device>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub masked_paths: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub readonly_paths: Vec<String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub sysctl: BTreeMap<String, String>,
+
+    #[serde(default, skip_serializing)]
+    pub uid_mappings: Unset,
+    #[serde(default, skip_serializing)]
+    pub gid_mappings: Unset,
+    #[serde(default, skip_serializing)]
+    pub time_offsets: Unset,
+    #[serde(default, skip_serializing)]
+    pub net_devices: Unset,
+    #[serde(default, skip_serializing)]
+    pub seccomp: Unset,
+    #[serde(default, skip_serializing)]
+    pub rootfs_propagation: Unset,
+    #[serde(default, skip_serializing)]
+    pub mount_label: Unset,
+    #[serde(default, skip_serializing)]
+    pub intel_rdt: Unset,
+    #[serde(default, skip_serializing)]
+    pub memory_policy: Unset,
+    #[serde(default, skip_serializing)]
+    pub personality: Unset,
+}
+
+#[derive(Debug, Clone, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Namespace {
+    #[serde(rename = "type")]
+    pub kind: NamespaceKind,
+    /// Joining a namespace by path is not supported yet.
+    #[serde(default, skip_serializing)]
+    pub path: Unset,
+}
+
+/// The namespaces a container can have of its own. The network is the guest's: the pod's. User and
+/// time namespaces are not supported yet, and so they are unknown names here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NamespaceKind {
+    Mount,
+    Uts,
+    Ipc,
+    Pid,
+    Cgroup,
+}
+
+#[derive(Debug, Clone, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Device {
+    pub path: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    #[serde(default)]
+    pub major: i64,
+    #[serde(default)]
+    pub minor: i64,
+    #[serde(default)]
+    pub file_mode: Option<u32>,
+    #[serde(default)]
+    pub uid: Option<u32>,
+    #[serde(default)]
+    pub gid: Option<u32>,
+}
+
+/// Reads a document of type `T`; an error names the path of the field.
+pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, Problem> {
+    let mut deserializer = serde_json::Deserializer::from_slice(json);
+    let read = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
+        let (field, mut what) = (error.path().to_string(), error.inner().to_string());
+        // The field is the better place, unless the document is no JSON.
+        if error.inner().is_data() {
+            what.truncate(what.rfind(" at line ").unwrap_or(what.len()));
+        }
+        Problem::new(field, what)
+    })?;
+    deserializer
+        .end()
+        .map_err(|error| Problem::new("document", error.to_string()))?;
+    Ok(read)
+}
+
+/// Go writes an absent list or object as null at times: both are the default.
+pub(crate) fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Option::<T>::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+impl Spec {
+    pub fn has(&self, kind: NamespaceKind) -> bool {
+        self.linux
+            .namespaces
+            .iter()
+            .any(|namespace| namespace.kind == kind)
+    }
+
+    /// Checks what the types do not say; to be called once, before anything is done.
+    pub fn validate(&self) -> Result<(), Problem> {
+        self.process.validate("process")?;
+        absolute("root.path", &self.root.path)?;
+        if !self.has(NamespaceKind::Mount) {
+            return Err(Problem::new(
+                "linux.namespaces",
+                "a container needs a mount namespace of its own",
+            ));
+        }
+        for (i, namespace) in self.linux.namespaces.iter().enumerate() {
+            if self
+                .linux
+                .namespaces
+                .iter()
+                .skip(i + 1)
+                .any(|other| other.kind == namespace.kind)
+            {
+                return Err(Problem::new(
+                    format!("linux.namespaces[{i}]"),
+                    "the type is there twice",
+                ));
+            }
+        }
+        let named = !(self.hostname.is_empty() && self.domainname.is_empty());
+        if named && !self.has(NamespaceKind::Uts) {
+            return Err(Problem::new("hostname", "needs a uts namespace"));
+        }
+        for (i, mount) in self.mounts.iter().enumerate() {
+            absolute(&format!("mounts[{i}].destination"), &mount.destination)?;
+        }
+        let paths = self
+            .linux
+            .masked_paths
+            .iter()
+            .chain(&self.linux.readonly_paths);
+        for path in paths {
+            absolute("linux.maskedPaths or linux.readonlyPaths", path)?;
+        }
+        for (i, device) in self.linux.devices.iter().enumerate() {
+            let at = format!("linux.devices[{i}]");
+            absolute(&format!("{at}.path"), &device.path)?;
+            if !matches!(device.kind.as_str(), "c" | "b" | "u" | "p") {
+                return Err(Problem::new(
+                    format!("{at}.type"),
+                    format!("{:?} is none of c, b, u, p", device.kind),
+                ));
+            }
+            // The kernel's own bounds: 12 bits of major, 20 of minor (include/linux/kdev_t.h).
+            if !(0..1 << 12).contains(&device.major) || !(0..1 << 20).contains(&device.minor) {
+                return Err(Problem::new(
+                    format!("{at}.major or minor"),
+                    "is out of range",
+                ));
+            }
+        }
+        if self
+            .linux
+            .cgroups_path
+            .split('/')
+            .any(|part| part == ".." || part.contains('\0'))
+        {
+            return Err(Problem::new("linux.cgroupsPath", "must not contain .."));
+        }
+        self.linux
+            .sysctl
+            .keys()
+            .try_for_each(|key| self.sysctl_is_own(key))
+    }
+
+    /// Only what belongs to a namespace of the container may be set, as with runc. The network
+    /// namespace is the pod's own, so net.* belongs to it.
+    fn sysctl_is_own(&self, key: &str) -> Result<(), Problem> {
+        const IPC: [&str; 8] = [
+            "kernel.msgmax",
+            "kernel.msgmnb",
+            "kernel.msgmni",
+            "kernel.sem",
+            "kernel.shmall",
+            "kernel.shmmax",
+            "kernel.shmmni",
+            "kernel.shm_rmid_forced",
+        ];
+        let at = format!("linux.sysctl.{key}");
+        let dotted = key.replace('/', ".");
+        if key.split(['/', '.']).any(str::is_empty) || key.contains('\0') {
+            return Err(Problem::new(at, "is no name of a sysctl"));
+        }
+        let own = if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
+            self.has(NamespaceKind::Ipc)
+        } else if dotted == "kernel.domainname" {
+            self.has(NamespaceKind::Uts)
+        } else {
+            dotted.starts_with("net.")
+        };
+        if own {
+            Ok(())
+        } else {
+            Err(Problem::new(at, "is not in a separate kernel namespace"))
+        }
+    }
+}
+
+fn absolute(field: &str, path: &str) -> Result<(), Problem> {
+    if !path.starts_with('/') {
+        return Err(Problem::new(
+            field,
+            format!("{path:?} is not an absolute path"),
+        ));
+    }
+    if path.contains('\0') {
+        return Err(Problem::new(field, "contains a NUL byte"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

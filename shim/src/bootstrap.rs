@@ -1,0 +1,99 @@
+//! The `start` action: finds or leaves behind the shim of a container's group, and says where it
+//! listens. It reads the annotations, and nothing else that a start does not need.
+
+use std::{
+    env, fs,
+    os::fd::OwnedFd,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    address::{self, Bound, SOCKETS},
+    args::Invocation,
+    record::{self, ProcessId, RECORDS, Record},
+    spec,
+};
+
+/// Annotations that name the group a container belongs to, the strongest first.
+const GROUPS: [&str; 2] = [
+    "io.containerd.runc.v2.group",
+    "io.kubernetes.cri.sandbox-id",
+];
+
+/// Returns the address for containerd. The working directory is the bundle.
+pub fn start(invocation: &Invocation) -> Result<String> {
+    let mut annotations = spec::annotations(Path::new(""))?;
+    let group = GROUPS
+        .iter()
+        .find_map(|name| annotations.remove(*name))
+        .filter(|group| !group.is_empty())
+        .unwrap_or_else(|| invocation.id.clone());
+    anyhow::ensure!(
+        crate::args::is_identifier(&group),
+        "annotation for the group: {group:?} is not an identifier"
+    );
+    let socket = address::socket_path(
+        Path::new(SOCKETS),
+        &invocation.address,
+        &invocation.namespace,
+        &group,
+    );
+    let answer = format!("unix://{}", socket.display());
+    // containerd 1.7 reads it after a restart, in grouped bundles too.
+    write_address(&answer).context("write the file address in the bundle")?;
+
+    let directory = |id: &str| record::directory(Path::new(RECORDS), &invocation.namespace, id);
+    let record = match address::bind(&socket)? {
+        Bound::Running => Record::read(&directory(&group)).ok(),
+        Bound::Ours(listener) => {
+            let started = leave_behind(invocation, &group, listener.into());
+            let pid = started.inspect_err(|_| drop(fs::remove_file(&socket)))?;
+            Some(Record {
+                pod: group,
+                socket,
+                shim: ProcessId::of(pid).context("look at the shim's process")?,
+                vmm: None,
+                cgroups: Vec::new(),
+            })
+        }
+    };
+    if let Some(record) = record {
+        let directory = directory(&invocation.id);
+        let written = record.write(&directory);
+        written.with_context(|| format!("write the record in {}", directory.display()))?;
+    }
+    Ok(answer)
+}
+
+fn write_address(answer: &str) -> std::io::Result<()> {
+    fs::write(".address", answer)?;
+    fs::rename(".address", "address")
+}
+
+/// Executes ourselves in serve mode, with the socket as stdin and nothing of `start`'s output.
+fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<u32> {
+    let name = env::args_os()
+        .next()
+        .unwrap_or_else(|| "containerd-shim-husk-v2".into());
+    // Not by path: an upgrade may be replacing the file right now.
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0(name)
+        .args(["-namespace", &invocation.namespace, "-id", group])
+        .args(["-address", &invocation.address])
+        .stdin(Stdio::from(listener))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    if invocation.debug {
+        command.arg("-debug");
+    }
+    let child = command
+        .arg("serve")
+        .spawn()
+        .context("execute /proc/self/exe")?;
+    Ok(child.id())
+}

@@ -1,0 +1,226 @@
+//! The pod's cgroup on the host: made before the VMM, which is born in it, and removed after it.
+//! Only cgroup v2 is used; on a host without it the VMM stays in the shim's own cgroup.
+
+use std::{
+    ffi::CString,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
+    },
+    path::{Component, Path, PathBuf},
+    thread,
+    time::Duration,
+};
+
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum CgroupError {
+    #[error("linux.cgroupsPath {0:?}: leads out of the cgroup tree")]
+    Path(String),
+    #[error("create cgroup {path}: {cause}")]
+    Create { path: PathBuf, cause: io::Error },
+}
+
+/// A cgroup that exists, and how much of its path is ours to remove.
+#[derive(Debug)]
+pub struct PodCgroup {
+    directory: OwnedFd,
+    path: PathBuf,
+    /// Directories that we made, outermost first.
+    made: Vec<PathBuf>,
+}
+
+/// Where cgroup v2 is mounted on this host, also where v1 is in use beside it.
+pub fn root() -> Option<&'static Path> {
+    ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .map(Path::new)
+        .find(|path| is_cgroup2(path))
+}
+
+fn is_cgroup2(path: &Path) -> bool {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // SAFETY: statfs is plain data, for which zeroes are a value.
+    let mut found: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `path` ends in NUL and `found` has room for what statfs(2) writes.
+    let result = unsafe { libc::statfs(path.as_ptr(), &raw mut found) };
+    result == 0 && found.f_type == libc::CGROUP2_SUPER_MAGIC
+}
+
+/// `cgroupsPath` of the OCI specification as a path below the root of the hierarchy: a plain path,
+/// or systemd's `slice:prefix:name`.
+pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
+    let mut parts = cgroups_path.split(':');
+    let path = match (parts.next(), parts.next(), parts.next(), parts.next()) {
+        (Some(slice), Some(prefix), Some(name), None) => {
+            slice_path(slice).join(if prefix.is_empty() {
+                format!("{name}.scope")
+            } else {
+                format!("{prefix}-{name}.scope")
+            })
+        }
+        _ => PathBuf::from(cgroups_path.trim_start_matches('/')),
+    };
+    let plain = |part: Component<'_>| matches!(part, Component::Normal(_));
+    if path.as_os_str().is_empty() || !path.components().all(plain) {
+        return Err(CgroupError::Path(cgroups_path.to_owned()));
+    }
+    Ok(path)
+}
+
+/// systemd nests `a-b.slice` in `a.slice` (systemd.slice(5)).
+fn slice_path(slice: &str) -> PathBuf {
+    let slice = if slice.is_empty() {
+        "system.slice"
+    } else {
+        slice
+    };
+    let name = slice.strip_suffix(".slice").unwrap_or(slice);
+    let mut path = PathBuf::new();
+    for (end, _) in name.match_indices('-') {
+        path.push(format!("{}.slice", name.get(..end).unwrap_or(name)));
+    }
+    path.push(format!("{name}.slice"));
+    path
+}
+
+impl PodCgroup {
+    /// Makes `relative` below `root`, or takes it as it is.
+    pub fn create(root: &Path, relative: &Path) -> Result<Self, CgroupError> {
+        let path = root.join(relative);
+        let failed = |cause| CgroupError::Create {
+            path: path.clone(),
+            cause,
+        };
+        let mut last = None;
+        // The end of another pod may remove an empty parent under our feet: then begin again.
+        for _ in 0..8 {
+            match make(root, relative) {
+                Ok((directory, made)) => {
+                    return Ok(Self {
+                        directory,
+                        path,
+                        made,
+                    });
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound => last = Some(e),
+                Err(e) => return Err(failed(e)),
+            }
+        }
+        Err(failed(
+            last.unwrap_or_else(|| io::ErrorKind::NotFound.into()),
+        ))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// For [`remove`], should we not live to call it.
+    pub fn made(&self) -> &[PathBuf] {
+        &self.made
+    }
+
+    /// The directory, for `CLONE_INTO_CGROUP`.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
+fn make(root: &Path, relative: &Path) -> io::Result<(OwnedFd, Vec<PathBuf>)> {
+    let mut path = root.to_owned();
+    let mut made = Vec::new();
+    for part in relative.components() {
+        path.push(part);
+        match fs::create_dir(&path) {
+            Ok(()) => made.push(path.clone()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => {
+                remove(&made);
+                return Err(e);
+            }
+        }
+    }
+    let directory = File::options()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
+        .open(&path)?;
+    Ok((directory.into(), made))
+}
+
+/// Removes the cgroups that [`PodCgroup::create`] made, inmost first; one that others use stays.
+/// Bounded: the last process of a cgroup may be on its way out for a moment.
+pub fn remove(made: &[PathBuf]) {
+    for path in made.iter().rev() {
+        for attempt in 0..20 {
+            match fs::remove_dir(path) {
+                Err(e) if e.kind() == io::ErrorKind::ResourceBusy && attempt < 19 => {
+                    // Another pod's cgroup below a parent of ours keeps it busy for good.
+                    if attempt == 0 && has_children(path) {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(2));
+                }
+                Ok(()) => break,
+                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+fn has_children(path: &Path) -> bool {
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_type().ok())
+        .any(|kind| kind.is_dir())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn understands_both_forms_of_path() {
+        let path = |text| relative_path(text).unwrap();
+        assert_eq!(path("/default/x"), Path::new("default/x"));
+        assert_eq!(path("x"), Path::new("x"));
+        assert_eq!(
+            path("system.slice:docker:abc"),
+            Path::new("system.slice/docker-abc.scope")
+        );
+        assert_eq!(
+            path("kubepods-burstable-pod1.slice:cri-containerd:abc"),
+            Path::new(
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/\
+                 cri-containerd-abc.scope"
+            )
+        );
+    }
+
+    #[test]
+    fn refuses_what_leads_out() {
+        for text in ["", "/", "/../x", "a/../../b", "../x.slice:a:b"] {
+            assert!(relative_path(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn removes_what_it_made_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("old")).unwrap();
+        let first = PodCgroup::create(root.path(), Path::new("old/ns/a")).unwrap();
+        let second = PodCgroup::create(root.path(), Path::new("old/ns/b")).unwrap();
+        assert!(root.path().join("old/ns/a").is_dir());
+        remove(first.made());
+        assert!(!root.path().join("old/ns/a").exists());
+        assert!(root.path().join("old/ns/b").exists());
+        remove(second.made());
+        assert!(root.path().join("old").exists());
+    }
+}

@@ -1,0 +1,292 @@
+//! What a pod is made of, unless somebody said otherwise: `/etc/husk/config.toml`, overridden by
+//! the runtime options. Read once per pod. An unknown key is an error that names it and its file.
+
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use log::LevelFilter;
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::options::Options;
+
+/// The file for all pods of the host. It need not exist.
+pub const CONFIG: &str = "/etc/husk/config.toml";
+/// The least memory that the guest's kernel is known to boot in, MiB.
+const MEMORY_MIB_MIN: u64 = 64;
+/// As much as fits below the guest-physical addresses every CPU has (36 bits), MiB.
+const MEMORY_MIB_MAX: u64 = 64 * 1024;
+/// vCPUs of one pod at most (machine.proto).
+const VCPUS_MAX: u32 = 64;
+/// Bytes of a configuration file at most.
+const FILE_LIMIT: u64 = 1 << 20;
+
+/// A complete, checked configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub vmm: PathBuf,
+    pub kernel: PathBuf,
+    pub initrd: PathBuf,
+    /// Guest memory, MiB; even, as the VMM wants 2 MiB steps.
+    pub memory_mib: u64,
+    /// vCPUs at boot.
+    pub vcpus: u32,
+    /// Appended to the VMM's own kernel command line.
+    pub cmdline: String,
+    /// From the VMM's start to the agent's first word.
+    pub agent_timeout: Duration,
+    pub log_level: Option<LevelFilter>,
+}
+
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("read configuration {path}: {cause}")]
+    Read { path: PathBuf, cause: io::Error },
+    #[error("configuration {origin}: {cause}")]
+    Parse { origin: String, cause: String },
+    #[error("configuration {origin}: {key} = {value}: {reason}")]
+    Value {
+        origin: String,
+        key: &'static str,
+        value: String,
+        reason: String,
+    },
+    #[error("find husk's own directory by /proc/self/exe: {0}")]
+    Prefix(io::Error),
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Table {
+    vmm: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    initrd: Option<PathBuf>,
+    memory_mib: Option<u64>,
+    vcpus: Option<u32>,
+    cmdline: Option<String>,
+    agent_timeout_ms: Option<u64>,
+    log_level: Option<String>,
+}
+
+impl Config {
+    /// The configuration of a pod: `file`, or the one that the options name instead, then the
+    /// options' body.
+    pub fn load(file: &Path, options: &Options) -> Result<Self, ConfigError> {
+        let mut config = Self::defaults(&library()?);
+        if options.config_path.is_empty() {
+            if let Some(text) = read(file, true)? {
+                config.apply(&text, &file.display().to_string())?;
+            }
+        } else {
+            let path = Path::new(&options.config_path);
+            let text = read(path, false)?.unwrap_or_default();
+            config.apply(&text, &path.display().to_string())?;
+        }
+        if !options.config_body.is_empty() {
+            config.apply(&options.config_body, "runtime options (config_body)")?;
+        }
+        Ok(config)
+    }
+
+    fn defaults(library: &Path) -> Self {
+        Self {
+            vmm: library.join("husk-vmm"),
+            kernel: library.join("vmlinux"),
+            initrd: library.join("initrd.img"),
+            memory_mib: 256,
+            vcpus: 1,
+            cmdline: String::new(),
+            agent_timeout: Duration::from_secs(10),
+            log_level: None,
+        }
+    }
+
+    fn apply(&mut self, text: &str, origin: &str) -> Result<(), ConfigError> {
+        let table: Table = basic_toml::from_str(text).map_err(|e| ConfigError::Parse {
+            origin: origin.to_owned(),
+            cause: e.to_string(),
+        })?;
+        let refuse = |key, value: String, reason: String| {
+            Err(ConfigError::Value {
+                origin: origin.to_owned(),
+                key,
+                value,
+                reason,
+            })
+        };
+        for (key, to, from) in [
+            ("vmm", &mut self.vmm, table.vmm),
+            ("kernel", &mut self.kernel, table.kernel),
+            ("initrd", &mut self.initrd, table.initrd),
+        ] {
+            if let Some(path) = from {
+                if !path.is_absolute() {
+                    return refuse(key, format!("{path:?}"), "not an absolute path".into());
+                }
+                *to = path;
+            }
+        }
+        if let Some(mib) = table.memory_mib {
+            if !(MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&mib) || mib % 2 != 0 {
+                let reason =
+                    format!("must be an even number from {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}");
+                return refuse("memory_mib", mib.to_string(), reason);
+            }
+            self.memory_mib = mib;
+        }
+        if let Some(vcpus) = table.vcpus {
+            if !(1..=VCPUS_MAX).contains(&vcpus) {
+                return refuse(
+                    "vcpus",
+                    vcpus.to_string(),
+                    format!("must be 1 to {VCPUS_MAX}"),
+                );
+            }
+            self.vcpus = vcpus;
+        }
+        if let Some(cmdline) = table.cmdline {
+            if cmdline.chars().any(char::is_control) {
+                return refuse(
+                    "cmdline",
+                    format!("{cmdline:?}"),
+                    "has control characters".into(),
+                );
+            }
+            self.cmdline = cmdline;
+        }
+        if let Some(ms) = table.agent_timeout_ms {
+            if !(1..=600_000).contains(&ms) {
+                return refuse(
+                    "agent_timeout_ms",
+                    ms.to_string(),
+                    "must be 1 to 600000".into(),
+                );
+            }
+            self.agent_timeout = Duration::from_millis(ms);
+        }
+        if let Some(level) = table.log_level {
+            let Ok(parsed) = level.parse() else {
+                let reason = "must be off, error, warn, info, debug or trace".into();
+                return refuse("log_level", format!("{level:?}"), reason);
+            };
+            self.log_level = Some(parsed);
+        }
+        Ok(())
+    }
+}
+
+fn read(path: &Path, may_be_missing: bool) -> Result<Option<String>, ConfigError> {
+    let failed = |cause| ConfigError::Read {
+        path: path.to_owned(),
+        cause,
+    };
+    match fs::metadata(path) {
+        Ok(found) if found.len() > FILE_LIMIT => {
+            let cause = format!("larger than {FILE_LIMIT} bytes");
+            return Err(failed(io::Error::other(cause)));
+        }
+        Ok(_) => {}
+        Err(e) if may_be_missing && e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(failed(e)),
+    }
+    fs::read_to_string(path).map(Some).map_err(failed)
+}
+
+/// `<prefix>/lib/husk` beside the `<prefix>/bin` that this program is installed in.
+pub fn library() -> Result<PathBuf, ConfigError> {
+    let program = env::current_exe().map_err(ConfigError::Prefix)?;
+    let prefix = program.parent().and_then(Path::parent);
+    Ok(prefix.unwrap_or(Path::new("/usr")).join("lib/husk"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: Option<&str>, body: &str) -> Result<Config, ConfigError> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("config.toml");
+        if let Some(text) = file {
+            fs::write(&path, text).unwrap();
+        }
+        let options = Options {
+            config_body: body.into(),
+            ..Options::default()
+        };
+        Config::load(&path, &options)
+    }
+
+    #[test]
+    fn no_file_means_defaults() {
+        let config = load(None, "").unwrap();
+        assert_eq!((config.memory_mib, config.vcpus), (256, 1));
+        assert_eq!(config.agent_timeout, Duration::from_secs(10));
+        assert!(config.kernel.ends_with("lib/husk/vmlinux"));
+    }
+
+    #[test]
+    fn the_body_overrides_the_file() {
+        let config = load(
+            Some("memory_mib = 512\nvcpus = 2\nkernel = \"/k\"\n"),
+            "memory_mib = 128\nlog_level = \"debug\"\n",
+        )
+        .unwrap();
+        assert_eq!((config.memory_mib, config.vcpus), (128, 2));
+        assert_eq!(config.kernel, Path::new("/k"));
+        assert_eq!(config.log_level, Some(LevelFilter::Debug));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_file() {
+        let error = load(Some("memroy_mib = 512\n"), "")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("config.toml") && error.contains("memroy_mib"),
+            "{error}"
+        );
+        let error = load(None, "frob = 1").unwrap_err().to_string();
+        assert!(
+            error.contains("config_body") && error.contains("frob"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_key() {
+        for (text, key) in [
+            ("memory_mib = 32", "memory_mib = 32"),
+            ("memory_mib = 65", "memory_mib = 65"),
+            ("vcpus = 0", "vcpus = 0"),
+            ("kernel = \"k\"", "kernel"),
+            ("cmdline = \"a\\nb\"", "cmdline"),
+            ("agent_timeout_ms = 0", "agent_timeout_ms"),
+            ("log_level = \"loud\"", "log_level"),
+            ("memory_mib = \"much\"", "memory_mib"),
+        ] {
+            let error = load(Some(text), "").unwrap_err().to_string();
+            assert!(
+                error.contains("config.toml") && error.contains(key),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let options = Options {
+            config_path: "/nowhere/husk.toml".into(),
+            ..Options::default()
+        };
+        let error = Config::load(Path::new(CONFIG), &options)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("read configuration /nowhere/husk.toml: No such file"),
+            "{error}"
+        );
+    }
+}

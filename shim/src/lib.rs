@@ -1,0 +1,49 @@
+//! The shim: it knows containerd and the host, and drives the VMM and the agent by their contracts.
+//!
+//! The binary `containerd-shim-husk-v2` is exec'ed three times in the life of a pod:
+//!
+//! ```text
+//! start   args, address, bootstrap     binds the socket, leaves `serve` behind, prints the address
+//! serve   serve, task                  the process of the pod: speaks task v2 and v3 to containerd
+//!           pod, process, stdio          what runs in the pod, and its bytes
+//!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
+//!           spec, shares, mount          what of the host the guest gets to see
+//!           events                       what containerd is told
+//! delete  cleanup, record              removes whatever a lost shim left behind
+//! ```
+
+pub mod address;
+pub mod args;
+pub mod bootstrap;
+pub mod cgroup;
+pub mod check;
+pub mod cleanup;
+pub mod config;
+pub mod container;
+pub mod control;
+pub mod events;
+pub mod fault;
+pub mod logger;
+pub mod machine;
+pub mod mount;
+pub mod options;
+pub mod pod;
+pub mod process;
+pub mod ready;
+pub mod record;
+pub mod serve;
+pub mod shares;
+pub mod spawn;
+pub mod spec;
+pub mod stats;
+pub mod stdio;
+pub mod task;
+pub mod untrusted;
+pub mod vm;
+pub mod vmm;
+pub mod vmm_log;
+
+/// The name under which containerd finds this runtime.
+pub const RUNTIME: &str = "io.containerd.husk.v2";
+/// Of the whole of husk, as in Cargo.toml.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,0 +1,285 @@
+//! The shim's side of the machine contract (proto/protos/machine.proto): requests over ttrpc, and
+//! the descriptors they name over a second socket. It knows the contract and nothing of pods.
+
+use std::{
+    io, mem,
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    ptr,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use husk_proto::{machine as api, machine_ttrpc::MachineClient};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::UnixStream,
+    time::timeout,
+};
+use ttrpc::{
+    r#async::{Client, transport::Socket},
+    context,
+};
+
+use crate::{config::Config, fault::Fault, ready, shares::Share};
+
+/// For any request that the VMM can answer by itself.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// A VMM we can speak to.
+pub struct Machine {
+    client: MachineClient,
+    descriptors: AsyncFd<OwnedFd>,
+    next_token: AtomicU64,
+}
+
+/// The VMM's ends of both sockets, for it to inherit.
+pub struct RemoteEnds {
+    pub machine: OwnedFd,
+    pub descriptors: OwnedFd,
+}
+
+/// What the VMM boots from. It keeps none of the paths.
+pub struct BootImage {
+    pub kvm: OwnedFd,
+    pub kernel: OwnedFd,
+    pub initrd: OwnedFd,
+    /// Joined to the agent's connection.
+    pub agent: OwnedFd,
+}
+
+impl Machine {
+    /// Makes both sockets. To be called in a tokio runtime.
+    pub fn new() -> io::Result<(Self, RemoteEnds)> {
+        let (ours, machine) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let (channel, descriptors) = seqpacket_pair()?;
+        let client = Client::new(Socket::from(UnixStream::from_std(ours)?));
+        let this = Self {
+            client: MachineClient::new(client),
+            descriptors: ready::watch(channel, Interest::WRITABLE)?,
+            next_token: AtomicU64::new(1),
+        };
+        let remote = RemoteEnds {
+            machine: machine.into(),
+            descriptors,
+        };
+        Ok((this, remote))
+    }
+
+    /// Boots; returns once the vCPUs run. The caller sets the limit.
+    pub async fn boot(&self, config: &Config, image: BootImage) -> Result<(), Fault> {
+        let request = api::BootRequest {
+            kvm_fd: self.send(&image.kvm).await?,
+            kernel_fd: self.send(&image.kernel).await?,
+            initrd_fd: self.send(&image.initrd).await?,
+            agent_fd: self.send(&image.agent).await?,
+            memory_bytes: config.memory_mib << 20,
+            vcpus: config.vcpus,
+            cmdline: config.cmdline.clone(),
+            ..api::BootRequest::default()
+        };
+        // The VMM's copy is the only one: with it, our connection to the agent ends.
+        drop(image);
+        let answer = self
+            .client
+            .boot(context::Context::default(), &request)
+            .await;
+        answer.map_err(|e| Fault::of_call("boot the microVM", e))?;
+        Ok(())
+    }
+
+    /// Exports a mount to the guest.
+    pub async fn share(&self, share: Share) -> Result<(), Fault> {
+        let request = api::ShareRequest {
+            name: share.name,
+            fd: self.send(&share.tree).await?,
+            exclusive: share.exclusive,
+            ..api::ShareRequest::default()
+        };
+        drop(share.tree);
+        let answer = self.client.share(limited(), &request).await;
+        answer.map_err(|e| Fault::of_call(&format!("share {}", request.name), e))?;
+        Ok(())
+    }
+
+    pub async fn unshare(&self, name: String) -> Result<(), Fault> {
+        let request = api::UnshareRequest {
+            name,
+            ..api::UnshareRequest::default()
+        };
+        let answer = self.client.unshare(limited(), &request).await;
+        answer.map_err(|e| Fault::of_call(&format!("unshare {}", request.name), e))?;
+        Ok(())
+    }
+
+    /// Joins sockets to the agent's stream port.
+    pub async fn connect_streams(&self, streams: Vec<OwnedFd>) -> Result<(), Fault> {
+        if streams.is_empty() {
+            return Ok(());
+        }
+        let mut request = api::ConnectRequest::default();
+        for stream in streams {
+            request.connections.push(api::Connection {
+                fd: self.send(&stream).await?,
+                port: husk_proto::STREAM_PORT,
+                ..api::Connection::default()
+            });
+        }
+        let answer = self.client.connect(limited(), &request).await;
+        answer.map_err(|e| Fault::of_call("connect standard streams", e))?;
+        Ok(())
+    }
+
+    /// The last of the guest's console.
+    pub async fn console(&self) -> Result<Vec<u8>, Fault> {
+        let request = api::StatusRequest::default();
+        let answer = self.client.status(limited(), &request).await;
+        Ok(answer
+            .map_err(|e| Fault::of_call("status of the microVM", e))?
+            .console)
+    }
+
+    /// Returns when the guest has ended.
+    pub async fn wait(&self) -> Result<api::WaitResponse, Fault> {
+        let request = api::WaitRequest::default();
+        let answer = self
+            .client
+            .wait(context::Context::default(), &request)
+            .await;
+        answer.map_err(|e| Fault::of_call("wait for the microVM", e))
+    }
+
+    /// Sends one descriptor; its token may then be used in one request.
+    async fn send(&self, fd: impl AsFd) -> Result<u64, Fault> {
+        let token = self.next_token.fetch_add(1, Ordering::Relaxed);
+        let fd = fd.as_fd().as_raw_fd();
+        let sent = timeout(ANSWER, async {
+            loop {
+                let mut ready = self.descriptors.writable().await?;
+                let attempt = ready.try_io(|socket| send_descriptor(socket.as_raw_fd(), token, fd));
+                if let Ok(outcome) = attempt {
+                    return outcome;
+                }
+            }
+        });
+        match sent.await {
+            Ok(Ok(())) => Ok(token),
+            Ok(Err(e)) => Err(Fault::internal(format_args!(
+                "send a descriptor to the VMM: {e}"
+            ))),
+            Err(_) => Err(Fault::internal(
+                "send a descriptor to the VMM: it takes none",
+            )),
+        }
+    }
+}
+
+fn limited() -> context::Context {
+    context::with_duration(ANSWER)
+}
+
+fn seqpacket_pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds: [RawFd; 2] = [-1; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socketpair(2) writes two descriptors into an array of two.
+    if unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: both are new and nobody else's.
+    let (ours, theirs) = unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
+    // The VMM reads with a thread that waits.
+    // SAFETY: F_SETFL takes a number; the other status flags of a new socket are clear.
+    if unsafe { libc::fcntl(theirs.as_raw_fd(), libc::F_SETFL, 0) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((ours, theirs))
+}
+
+/// One message: a token and a descriptor.
+fn send_descriptor(socket: RawFd, token: u64, fd: RawFd) -> io::Result<()> {
+    /// Room for one control message with one descriptor, aligned as cmsg(3) wants it.
+    #[repr(C, align(8))]
+    struct Control([u8; 64]);
+
+    let mut token = token.to_le_bytes();
+    let mut part = libc::iovec {
+        iov_base: token.as_mut_ptr().cast(),
+        iov_len: token.len(),
+    };
+    let mut control = Control([0; 64]);
+    let length = mem::size_of::<RawFd>() as u32;
+    // SAFETY: msghdr is plain data, for which zeroes are a value.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    // SAFETY: CMSG_SPACE, CMSG_LEN and CMSG_DATA compute; the first header of a buffer of 64 bytes
+    // is not null, and one descriptor behind it (24 bytes in all) fits.
+    unsafe {
+        message.msg_controllen = libc::CMSG_SPACE(length) as usize;
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_SOCKET;
+        (*header).cmsg_type = libc::SCM_RIGHTS;
+        (*header).cmsg_len = libc::CMSG_LEN(length) as usize;
+        ptr::write_unaligned(libc::CMSG_DATA(header).cast::<RawFd>(), fd);
+    }
+    // SAFETY: `message` points to `part` and `control`, which outlive the call.
+    let sent = unsafe { libc::sendmsg(socket, &raw const message, libc::MSG_NOSIGNAL) };
+    match sent {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Read};
+
+    use super::*;
+
+    /// Receives one descriptor as the VMM does.
+    fn receive(socket: &OwnedFd) -> (u64, OwnedFd) {
+        #[repr(C, align(8))]
+        struct Control([u8; 64]);
+        let mut token = [0; 8];
+        let mut part = libc::iovec {
+            iov_base: token.as_mut_ptr().cast(),
+            iov_len: 8,
+        };
+        let mut control = Control([0; 64]);
+        // SAFETY: plain data.
+        let mut message: libc::msghdr = unsafe { mem::zeroed() };
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.0.as_mut_ptr().cast();
+        message.msg_controllen = 64;
+        // SAFETY: all buffers are on this stack.
+        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0) };
+        assert_eq!(got, 8);
+        // SAFETY: one control message was received.
+        let fd = unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            assert_eq!((*header).cmsg_type, libc::SCM_RIGHTS);
+            OwnedFd::from_raw_fd(ptr::read_unaligned(libc::CMSG_DATA(header).cast()))
+        };
+        (u64::from_le_bytes(token), fd)
+    }
+
+    #[tokio::test]
+    async fn descriptors_arrive_with_their_tokens() {
+        let (machine, remote) = Machine::new().unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        for text in ["one", "two"] {
+            let path = directory.path().join(text);
+            std::fs::write(&path, text).unwrap();
+            let sent = machine.send(File::open(path).unwrap()).await.unwrap();
+            let (token, fd) = receive(&remote.descriptors);
+            let mut read = String::new();
+            File::from(fd).read_to_string(&mut read).unwrap();
+            assert_eq!((token, read.as_str()), (sent, text));
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The runtime options that containerd carries from its configuration: a protobuf `Any` with
+//! `runtimeoptions.v1.Options`. Decoded by hand, as it is three strings.
+
+use protobuf::{CodedInputStream, well_known_types::any::Any};
+use thiserror::Error;
+
+/// `runtimeoptions.v1.Options`, without `type_url`, which says nothing about husk.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// A file instead of `/etc/husk/config.toml`; empty for none.
+    pub config_path: String,
+    /// TOML, taken after the file; CRI puts the runtime class' whole `options` table here.
+    pub config_body: String,
+}
+
+#[derive(Debug, Error)]
+pub enum OptionsError {
+    #[error("runtime options of type {0:?}: husk takes runtimeoptions.v1.Options")]
+    Type(String),
+    #[error("runtime options: {0}")]
+    Malformed(#[from] protobuf::Error),
+}
+
+impl Options {
+    /// Reads the `options` of a `CreateTaskRequest`; none at all is fine.
+    pub fn decode(any: Option<&Any>) -> Result<Self, OptionsError> {
+        let Some(any) = any.filter(|any| !(any.type_url.is_empty() && any.value.is_empty())) else {
+            return Ok(Self::default());
+        };
+        match any.type_url.rsplit('/').next() {
+            Some("runtimeoptions.v1.Options") => Ok(Self::from_bytes(&any.value)?),
+            // What clients send to whatever runtime they meet; nothing in it is meant for a VM.
+            Some("containerd.runc.v1.Options") => Ok(Self::default()),
+            _ => Err(OptionsError::Type(any.type_url.clone())),
+        }
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, protobuf::Error> {
+        let mut options = Self::default();
+        let mut input = CodedInputStream::from_bytes(bytes);
+        while let Some(tag) = input.read_raw_tag_or_eof()? {
+            // A tag is (field << 3) | wire type; strings are type 2.
+            match tag {
+                0x12 => options.config_path = input.read_string()?,
+                0x1a => options.config_body = input.read_string()?,
+                _ => protobuf::rt::skip_field_for_tag(tag, &mut input)?,
+            }
+        }
+        Ok(options)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn any(type_url: &str, value: &[u8]) -> Any {
+        Any {
+            type_url: type_url.into(),
+            value: value.into(),
+            ..Any::default()
+        }
+    }
+
+    #[test]
+    fn reads_path_and_body_and_skips_the_rest() {
+        let bytes = b"\x0a\x01t\x12\x02/p\x1a\x04a = \x22\x00\x28\x07";
+        let options = Options::decode(Some(&any("runtimeoptions.v1.Options", bytes))).unwrap();
+        assert_eq!(options.config_path, "/p");
+        assert_eq!(options.config_body, "a = ");
+        let prefixed = any("type.googleapis.com/runtimeoptions.v1.Options", bytes);
+        assert_eq!(Options::decode(Some(&prefixed)).unwrap(), options);
+    }
+
+    #[test]
+    fn none_and_runcs_are_no_options() {
+        for any in [
+            None,
+            Some(&any("", b"")),
+            Some(&any("containerd.runc.v1.Options", b"\x08\x01")),
+        ] {
+            assert_eq!(Options::decode(any).unwrap(), Options::default());
+        }
+    }
+
+    #[test]
+    fn refuses_other_types_and_broken_bytes() {
+        let error = Options::decode(Some(&any("kata.Options", b""))).unwrap_err();
+        assert!(error.to_string().contains("kata.Options"));
+        assert!(Options::decode(Some(&any("runtimeoptions.v1.Options", b"\x12\x09/p"))).is_err());
+    }
+}

@@ -1,0 +1,530 @@
+//! The pod's microVM: the husk-vmm process, the guest in it, and the agent in the guest, as one
+//! life: `Starting` → `Booting` → `Ready` → `Ended`.
+//!
+//! One task, `watch`, owns the process: it alone kills it, collects it, removes its cgroup, and says
+//! `Ended`. Whoever finds fault with the VM tells that task. Nothing here knows of containers.
+
+use std::{
+    fmt,
+    fs::File,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use husk_proto::{
+    agent as api,
+    agent_ttrpc::AgentClient,
+    machine::{WaitResponse, wait_response::Reason},
+};
+use tokio::{
+    net::UnixStream,
+    sync::{mpsc, watch},
+    time::{sleep, timeout},
+};
+use ttrpc::{
+    r#async::{Client, transport::Socket},
+    context,
+};
+
+use crate::{
+    cgroup::{self, PodCgroup},
+    config::Config,
+    fault::Fault,
+    machine::{BootImage, Machine},
+    spec::Network,
+    untrusted,
+    vmm::Vmm,
+};
+
+/// How long the kernel may take to end a killed process.
+const KILLED: Duration = Duration::from_secs(5);
+/// How long to wait for a better explanation once something has gone wrong.
+const EXPLANATION: Duration = Duration::from_millis(300);
+/// Lines of the guest's console that an error shows.
+const CONSOLE_LINES: usize = 8;
+/// Events that may wait for the pod to look at them; the agent waits beyond.
+const EVENTS: usize = 64;
+
+/// Where the VM stands. It only ever moves forward.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// The VMM process runs.
+    Starting,
+    /// The vCPUs run.
+    Booting,
+    /// The agent answers.
+    Ready,
+    /// The process is gone, and so is its cgroup. Says why, for people.
+    Ended(Arc<str>),
+}
+
+/// What the guest tells of itself.
+#[derive(Debug)]
+pub enum GuestEvent {
+    Exit {
+        container: String,
+        exec: String,
+        status: u32,
+    },
+    OutOfMemory {
+        container: String,
+    },
+}
+
+/// A reason for `watch` to end the VM.
+enum Verdict {
+    /// Nobody needs it any more.
+    Stopped,
+    /// It cannot be worked with.
+    Fault(String),
+}
+
+/// What a VM is made of.
+pub struct Setup {
+    pub config: Config,
+    pub network: Network,
+    /// Below the root of cgroup v2.
+    pub cgroup: PathBuf,
+    /// Of the VMM's process.
+    pub oom_score_adj: i64,
+}
+
+/// A VM that was started. It ends with [`Vm::stop`], or with this process.
+pub struct Vm {
+    /// The VMM's process on the host, in the pod's network namespace.
+    pub pid: u32,
+    pub machine: Machine,
+    pub agent: AgentClient,
+    cgroups: Vec<PathBuf>,
+    /// What it boots from, for errors.
+    images: String,
+    phase: watch::Receiver<Phase>,
+    verdicts: mpsc::Sender<Verdict>,
+}
+
+impl fmt::Debug for Vm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Vm")
+            .field("pid", &self.pid)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Starts the VMM and its vCPUs; the guest boots on while this returns. What it says arrives in
+    /// the receiver, which closes at its end.
+    pub async fn launch(setup: Setup) -> Result<(Arc<Self>, mpsc::Receiver<GuestEvent>), Fault> {
+        let begun = Instant::now();
+        let config = &setup.config;
+        let deadline = config.agent_timeout;
+        let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
+        let kernel = open("the guest kernel", &config.kernel, false)?;
+        let initrd = open("the guest's initrd", &config.initrd, false)?;
+        let network = match &setup.network {
+            Network::New => None,
+            Network::Existing(path) => Some(open("network namespace", path, false)?),
+        };
+        let (host_end, agent) = std::os::unix::net::UnixStream::pair().map_err(Fault::internal)?;
+        host_end.set_nonblocking(true).map_err(Fault::internal)?;
+        let agent_socket = UnixStream::from_std(host_end).map_err(Fault::internal)?;
+        let (machine, remote) = Machine::new().map_err(Fault::internal)?;
+
+        let cgroup = match cgroup::root() {
+            Some(root) => Some(PodCgroup::create(root, &setup.cgroup).map_err(Fault::internal)?),
+            None => None,
+        };
+        let vmm = Vmm::start(config, remote, network.as_ref(), cgroup)?;
+        let pid = vmm.pid;
+        let cgroups = vmm.cgroups.clone();
+        vmm.adjust_oom_score(setup.oom_score_adj);
+
+        let (phase_sender, phase) = watch::channel(Phase::Starting);
+        let phase_sender = Arc::new(phase_sender);
+        let (verdicts, verdict_receiver) = mpsc::channel(4);
+        let vm = Arc::new(Self {
+            pid,
+            machine,
+            agent: AgentClient::new(Client::new(Socket::from(agent_socket))),
+            cgroups,
+            images: format!(
+                "kernel {}, initrd {}",
+                config.kernel.display(),
+                config.initrd.display()
+            ),
+            phase,
+            verdicts,
+        });
+        tokio::spawn(watch(
+            vm.clone(),
+            vmm,
+            phase_sender.clone(),
+            verdict_receiver,
+        ));
+
+        let image = BootImage {
+            kvm,
+            kernel,
+            initrd,
+            agent: agent.into(),
+        };
+        let booted = timeout(deadline, vm.machine.boot(config, image)).await;
+        let booted = booted.unwrap_or_else(|_| Err(Fault::internal(unanswered("VMM", deadline))));
+        if let Err(fault) = booted {
+            vm.fail(fault.message).await;
+            vm.ready().await?;
+        }
+        advance(&phase_sender, Phase::Booting);
+        log::debug!(
+            "vCPUs run {} ms after the request",
+            begun.elapsed().as_millis()
+        );
+        let (events, receiver) = mpsc::channel(EVENTS);
+        let left = deadline.saturating_sub(begun.elapsed());
+        tokio::spawn(
+            vm.clone()
+                .bring_up(phase_sender, events, deadline, left, begun),
+        );
+        Ok((vm, receiver))
+    }
+
+    /// cgroups that were made for this VM, outermost first.
+    pub fn cgroups(&self) -> &[PathBuf] {
+        &self.cgroups
+    }
+
+    /// Returns once the agent answers, or says why it never will.
+    pub async fn ready(&self) -> Result<(), Fault> {
+        let mut phase = self.phase.clone();
+        let reached = phase.wait_for(|phase| matches!(phase, Phase::Ready | Phase::Ended(_)));
+        match reached.await.as_deref() {
+            Ok(Phase::Ready) => Ok(()),
+            Ok(Phase::Ended(why)) => Err(Fault::internal(format_args!("{why} ({})", self.images))),
+            _ => Err(Fault::internal("the microVM's task is gone")),
+        }
+    }
+
+    /// Returns why the VM ended, when it has. Never before the process is gone.
+    pub async fn ended(&self) -> Arc<str> {
+        let mut phase = self.phase.clone();
+        let reached = phase.wait_for(|phase| matches!(phase, Phase::Ended(_)));
+        match reached.await.as_deref() {
+            Ok(Phase::Ended(why)) => why.clone(),
+            _ => Arc::from("the microVM's task is gone"),
+        }
+    }
+
+    pub fn has_ended(&self) -> bool {
+        matches!(*self.phase.borrow(), Phase::Ended(_))
+    }
+
+    /// Ends the VM without asking it. Whoever wants its writes on disk has deleted its containers.
+    /// Bounded.
+    pub async fn stop(&self) {
+        self.condemn();
+        if timeout(KILLED * 2, self.ended()).await.is_err() {
+            log::error!("husk-vmm, process {}, does not end", self.pid);
+        }
+    }
+
+    /// Begins what [`Vm::stop`] waits for.
+    pub fn condemn(&self) {
+        // Full or closed means that its end is decided.
+        let _ = self.verdicts.try_send(Verdict::Stopped);
+    }
+
+    /// Ends a VM that cannot be worked with. Bounded, as [`Self::stop`] is.
+    async fn fail(&self, what: String) {
+        let _ = self.verdicts.try_send(Verdict::Fault(what));
+        let _ = timeout(KILLED * 2, self.ended()).await;
+    }
+
+    /// Greets the agent, then carries its events until it falls silent.
+    async fn bring_up(
+        self: Arc<Self>,
+        phase: Arc<watch::Sender<Phase>>,
+        events: mpsc::Sender<GuestEvent>,
+        limit: Duration,
+        left: Duration,
+        begun: Instant,
+    ) {
+        let greeting = timeout(left, async {
+            let hello = self
+                .agent
+                .hello(context::Context::default(), &hello())
+                .await?;
+            let request = api::EventsRequest::default();
+            let stream = self
+                .agent
+                .events(context::Context::default(), &request)
+                .await?;
+            Ok::<_, ttrpc::Error>((hello, stream))
+        });
+        let (hello, mut stream) = match greeting.await {
+            Ok(Ok(greeted)) => greeted,
+            Ok(Err(e)) => {
+                let fault = Fault::of_call("the agent's first answer", e);
+                self.fail(fault.message).await;
+                return;
+            }
+            Err(_) => {
+                self.fail(unanswered("agent", limit)).await;
+                return;
+            }
+        };
+        log::info!(
+            "agent {} on Linux {} answered after {} ms",
+            untrusted::message(&hello.version),
+            untrusted::message(&hello.kernel_release),
+            begun.elapsed().as_millis()
+        );
+        advance(&phase, Phase::Ready);
+        loop {
+            let event = match stream.recv().await {
+                Ok(Some(event)) => event.event,
+                Ok(None) => break,
+                Err(e) => {
+                    log::debug!("the agent's events: {e}");
+                    break;
+                }
+            };
+            let event = match event {
+                Some(api::event::Event::Exit(exit)) => GuestEvent::Exit {
+                    container: exit.container_id,
+                    exec: exit.exec_id,
+                    status: exit.status,
+                },
+                Some(api::event::Event::Oom(oom)) => GuestEvent::OutOfMemory {
+                    container: oom.container_id,
+                },
+                _ => continue,
+            };
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+        let fault = Verdict::Fault("the agent closed its connection".into());
+        let _ = self.verdicts.try_send(fault);
+    }
+}
+
+fn unanswered(who: &str, limit: Duration) -> String {
+    format!(
+        "the {who} did not answer within {} ms (agent_timeout_ms)",
+        limit.as_millis()
+    )
+}
+
+fn advance(phase: &watch::Sender<Phase>, to: Phase) {
+    phase.send_if_modified(|now| {
+        let forward = !matches!(now, Phase::Ended(_));
+        if forward {
+            *now = to;
+        }
+        forward
+    });
+}
+
+fn open(what: &str, path: &Path, writable: bool) -> Result<OwnedFd, Fault> {
+    let file = File::options().read(true).write(writable).open(path);
+    let file =
+        file.map_err(|e| Fault::internal(format_args!("open {what}, {}: {e}", path.display())))?;
+    Ok(file.into())
+}
+
+fn hello() -> api::HelloRequest {
+    let mut entropy = vec![0; 64];
+    // SAFETY: the buffer has that many bytes.
+    let got = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
+    if got != 64 {
+        log::warn!("getrandom: {}", io::Error::last_os_error());
+    }
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    api::HelloRequest {
+        wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
+        entropy,
+        ..api::HelloRequest::default()
+    }
+}
+
+/// Owns the process: waits for a reason to end it, ends it, and leaves nothing of it.
+async fn watch(
+    vm: Arc<Vm>,
+    vmm: Vmm,
+    phase: Arc<watch::Sender<Phase>>,
+    mut verdicts: mpsc::Receiver<Verdict>,
+) {
+    let why = tokio::select! {
+        biased;
+        () = vmm.ended() => None,
+        ended = guest_ended(&vm) => Some(ended),
+        verdict = verdicts.recv() => match verdict {
+            Some(Verdict::Fault(what)) => {
+                // Often only the first sign of an end that somebody else can explain.
+                let better = timeout(EXPLANATION, async {
+                    tokio::select! {
+                        biased;
+                        () = vmm.ended() => None,
+                        ended = guest_ended(&vm) => Some(ended),
+                    }
+                });
+                match better.await {
+                    Ok(why) => why,
+                    Err(_) => {
+                        let console = timeout(EXPLANATION, vm.machine.console()).await;
+                        let console = console.ok().and_then(Result::ok).unwrap_or_default();
+                        Some(what + &last_lines(&console))
+                    }
+                }
+            }
+            _ => Some("stopped".into()),
+        },
+    };
+    vmm.kill();
+    let status = vmm.collect(KILLED).await;
+    let why = match why {
+        Some(why) => why,
+        None => {
+            // Its last line may still be in the pipe.
+            sleep(Duration::from_millis(5)).await;
+            let status = status.as_deref().unwrap_or("ended");
+            format!("husk-vmm {status}{}", vmm.last_words())
+        }
+    };
+    if why != "stopped" {
+        log::error!("the microVM ended: {why}");
+    }
+    phase.send_replace(Phase::Ended(why.into()));
+}
+
+/// Returns when the VMM says that the guest has ended, once there is one.
+async fn guest_ended(vm: &Vm) -> String {
+    let mut phase = vm.phase.clone();
+    let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
+    match vm.machine.wait().await {
+        Ok(answer) => explain(&answer),
+        // The process' own end says more, and comes at once.
+        Err(_) => {
+            sleep(KILLED).await;
+            "husk-vmm closed its connection".into()
+        }
+    }
+}
+
+fn explain(answer: &WaitResponse) -> String {
+    let cause = match answer.reason.enum_value_or_default() {
+        Reason::REASON_UNSPECIFIED => "ended for a reason it does not name",
+        Reason::POWERED_OFF => "powered itself off",
+        Reason::RESET => "reset itself",
+        Reason::PANICKED => "panicked",
+        Reason::TRIPLE_FAULT => "ended in a triple fault",
+        Reason::KVM_ERROR => "was given up by KVM",
+        Reason::STOPPED => "was stopped",
+        Reason::DEVICE_ERROR => "lost a device",
+    };
+    let detail = untrusted::message(&answer.detail);
+    let colon = if detail.is_empty() { "" } else { ": " };
+    format!(
+        "the guest {cause}{colon}{detail}{}",
+        last_lines(&answer.console)
+    )
+}
+
+fn last_lines(console: &[u8]) -> String {
+    let lines = untrusted::console_tail(console, CONSOLE_LINES);
+    if lines.is_empty() {
+        return String::new();
+    }
+    format!("; its console ended with: {}", lines.join(" | "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_explained_in_one_line() {
+        let answer = WaitResponse {
+            reason: Reason::PANICKED.into(),
+            detail: "not syncing: VFS\n".into(),
+            console: b"one\n\x1b[0mtwo\n".to_vec(),
+            ..WaitResponse::default()
+        };
+        assert_eq!(
+            explain(&answer),
+            "the guest panicked: not syncing: VFS; its console ended with: one |  [0mtwo"
+        );
+        assert!(explain(&WaitResponse::default()).starts_with("the guest ended"));
+    }
+
+    fn setup(directory: &Path, script: &str) -> Setup {
+        use std::{fs, os::unix::fs::PermissionsExt};
+        let at = |name: &str, text: &str| {
+            let path = directory.join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let file = at("config.toml", "agent_timeout_ms = 500");
+        let mut config = Config::load(&file, &Default::default()).unwrap();
+        config.vmm = at("husk-vmm", &format!("#!/bin/sh\n{script}\n"));
+        config.kernel = at("vmlinux", "");
+        config.initrd = at("initrd.img", "");
+        Setup {
+            config,
+            network: Network::New,
+            cgroup: "husk-test/vm".into(),
+            oom_score_adj: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_dies_is_explained_by_its_last_words() {
+        let directory = tempfile::tempdir().unwrap();
+        let setup = setup(directory.path(), "echo one >&2; echo no room >&2; exit 3");
+        let fault = Vm::launch(setup).await.unwrap_err();
+        assert!(
+            fault
+                .message
+                .starts_with("husk-vmm exited with status 3: no room (kernel ")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_vmm_that_says_nothing_is_killed_at_the_limit() {
+        let directory = tempfile::tempdir().unwrap();
+        let begun = Instant::now();
+        let fault = Vm::launch(setup(directory.path(), "sleep 60"))
+            .await
+            .unwrap_err();
+        assert!(
+            fault
+                .message
+                .contains("the VMM did not answer within 500 ms"),
+            "{fault}"
+        );
+        assert!(fault.message.contains("vmlinux"), "{fault}");
+        assert!(begun.elapsed() < Duration::from_secs(4));
+        if let Some(root) = cgroup::root() {
+            assert!(!root.join("husk-test").exists());
+        }
+    }
+
+    #[tokio::test]
+    async fn missing_files_are_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut setup = setup(directory.path(), "exit 0");
+        setup.config.kernel = "/nowhere/vmlinux".into();
+        let fault = Vm::launch(setup).await.unwrap_err();
+        assert!(
+            fault
+                .message
+                .starts_with("open the guest kernel, /nowhere/vmlinux: No such file"),
+            "{fault}"
+        );
+    }
+}

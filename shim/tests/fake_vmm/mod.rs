@@ -1,0 +1,524 @@
+//! A stand-in for husk-vmm and the guest in it, so that the whole shim can be tried without KVM: it
+//! speaks both contracts, and runs "containers" as plain processes of the host. What the kernel file
+//! says is how its boot goes: `silent`, `panic`, `die`, or anything else for well.
+
+use std::{
+    collections::HashMap,
+    io::{self, Read, Write},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{net::UnixStream, process::CommandExt, process::ExitStatusExt},
+    },
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use futures::{StreamExt, stream};
+use husk_proto::{agent, agent_ttrpc, machine, machine_ttrpc};
+use tokio::sync::mpsc;
+use ttrpc::{
+    Code,
+    r#async::{Server, ServerStreamSender, TtrpcContext, transport::Listener},
+};
+
+type Answer<T> = ttrpc::Result<T>;
+
+fn refuse<T>(code: Code, message: impl Into<String>) -> Answer<T> {
+    Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
+        code,
+        message.into(),
+    )))
+}
+
+/// Serves on the inherited sockets until the machine socket closes.
+pub(crate) fn run() -> ! {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build();
+    runtime.unwrap().block_on(async {
+        let vmm = Arc::new(Vmm::default());
+        // SAFETY: the shim hands over both descriptors by these numbers.
+        let (machine, descriptors) = unsafe {
+            (
+                UnixStream::from_raw_fd(husk_proto::MACHINE_FD),
+                OwnedFd::from_raw_fd(husk_proto::DESCRIPTOR_FD),
+            )
+        };
+        let gone = machine.try_clone().unwrap();
+        let receiver = vmm.clone();
+        thread::spawn(move || receive_all(&descriptors, &receiver.tokens));
+        let _server = serve(machine, machine_ttrpc::create_machine(vmm)).await;
+        loop {
+            let mut poll = libc::pollfd {
+                fd: gone.as_raw_fd(),
+                events: 0,
+                revents: 0,
+            };
+            // SAFETY: one pollfd, no waiting.
+            if unsafe { libc::poll(&raw mut poll, 1, 0) } > 0 {
+                std::process::exit(0);
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+}
+
+async fn serve(socket: UnixStream, service: HashMap<String, ttrpc::r#async::Service>) -> Server {
+    socket.set_nonblocking(true).unwrap();
+    let socket = tokio::net::UnixStream::from_std(socket).unwrap();
+    let once = stream::iter([io::Result::Ok(socket)]).chain(stream::pending());
+    let mut server = Server::new()
+        .add_listener(Listener::new(once))
+        .register_service(service);
+    server.start().await.unwrap();
+    server
+}
+
+type Tokens = Mutex<HashMap<u64, OwnedFd>>;
+
+fn receive_all(socket: &OwnedFd, tokens: &Tokens) {
+    #[repr(C, align(8))]
+    struct Control([u8; 64]);
+    loop {
+        let mut token = [0; 8];
+        let mut part = libc::iovec {
+            iov_base: token.as_mut_ptr().cast(),
+            iov_len: 8,
+        };
+        let mut control = Control([0; 64]);
+        // SAFETY: plain data; all buffers are on this stack.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.0.as_mut_ptr().cast();
+        message.msg_controllen = 64;
+        // SAFETY: as above.
+        if unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) }
+            != 8
+        {
+            return;
+        }
+        // SAFETY: one control message with one descriptor was received.
+        let fd = unsafe {
+            let header = libc::CMSG_FIRSTHDR(&raw const message);
+            OwnedFd::from_raw_fd(std::ptr::read_unaligned(libc::CMSG_DATA(header).cast()))
+        };
+        tokens.lock().unwrap().insert(u64::from_le_bytes(token), fd);
+    }
+}
+
+#[derive(Default)]
+struct Vmm {
+    tokens: Tokens,
+    guest: Arc<Guest>,
+    panicked: tokio::sync::Notify,
+}
+
+impl Vmm {
+    async fn take(&self, token: u64) -> OwnedFd {
+        // Sent before the request, but received by another thread here.
+        for _ in 0..1000 {
+            if let Some(fd) = self.tokens.lock().unwrap().remove(&token) {
+                return fd;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("no descriptor with token {token}");
+    }
+}
+
+#[async_trait]
+impl machine_ttrpc::Machine for Vmm {
+    async fn boot(
+        &self,
+        _: &TtrpcContext,
+        r: machine::BootRequest,
+    ) -> Answer<machine::BootResponse> {
+        let _kvm = self.take(r.kvm_fd).await;
+        let mut kernel = String::new();
+        std::fs::File::from(self.take(r.kernel_fd).await)
+            .read_to_string(&mut kernel)
+            .unwrap();
+        let _initrd = self.take(r.initrd_fd).await;
+        let agent = UnixStream::from(self.take(r.agent_fd).await);
+        match kernel.trim() {
+            "no elf" => return refuse(Code::INVALID_ARGUMENT, "kernel_fd: not an ELF file"),
+            "die" => {
+                eprintln!("husk-vmm: out of ideas");
+                std::process::exit(9);
+            }
+            "silent" => std::mem::forget(agent),
+            "panic" => {
+                std::mem::forget(agent);
+                self.panicked.notify_one();
+            }
+            _ => {
+                let server = serve(agent, agent_ttrpc::create_agent(self.guest.clone())).await;
+                std::mem::forget(server);
+            }
+        }
+        Ok(machine::BootResponse::default())
+    }
+
+    async fn status(
+        &self,
+        _: &TtrpcContext,
+        _: machine::StatusRequest,
+    ) -> Answer<machine::StatusResponse> {
+        Ok(machine::StatusResponse {
+            console: b"Linux version 6.12-fake\nlast words\n".to_vec(),
+            ..machine::StatusResponse::default()
+        })
+    }
+
+    async fn share(
+        &self,
+        _: &TtrpcContext,
+        r: machine::ShareRequest,
+    ) -> Answer<machine::ShareResponse> {
+        let tree = self.take(r.fd).await;
+        self.guest.shares.lock().unwrap().insert(r.name, tree);
+        Ok(machine::ShareResponse::default())
+    }
+
+    async fn unshare(
+        &self,
+        _: &TtrpcContext,
+        r: machine::UnshareRequest,
+    ) -> Answer<machine::UnshareResponse> {
+        match self.guest.shares.lock().unwrap().remove(&r.name) {
+            Some(_) => Ok(machine::UnshareResponse::default()),
+            None => refuse(Code::NOT_FOUND, r.name),
+        }
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        r: machine::ConnectRequest,
+    ) -> Answer<machine::ConnectResponse> {
+        for connection in r.connections {
+            let mut stream = UnixStream::from(self.take(connection.fd).await);
+            let mut id = [0; 8];
+            stream.read_exact(&mut id).unwrap();
+            self.guest
+                .streams
+                .lock()
+                .unwrap()
+                .insert(u64::from_le_bytes(id), stream);
+        }
+        Ok(machine::ConnectResponse::default())
+    }
+
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        _: machine::PauseRequest,
+    ) -> Answer<machine::PauseResponse> {
+        refuse(Code::UNIMPLEMENTED, "pause")
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        _: machine::ResumeRequest,
+    ) -> Answer<machine::ResumeResponse> {
+        refuse(Code::UNIMPLEMENTED, "resume")
+    }
+
+    async fn stop(
+        &self,
+        _: &TtrpcContext,
+        _: machine::StopRequest,
+    ) -> Answer<machine::StopResponse> {
+        std::process::exit(0)
+    }
+
+    async fn wait(
+        &self,
+        _: &TtrpcContext,
+        _: machine::WaitRequest,
+    ) -> Answer<machine::WaitResponse> {
+        self.panicked.notified().await;
+        Ok(machine::WaitResponse {
+            reason: machine::wait_response::Reason::PANICKED.into(),
+            detail: "not syncing: no init".into(),
+            console: b"line one\nKernel panic - not syncing: no init\n".to_vec(),
+            ..machine::WaitResponse::default()
+        })
+    }
+}
+
+/// A process of the "guest".
+struct Running {
+    args: Vec<String>,
+    stdio: agent::Stdio,
+    /// 0 before its start.
+    pid: i32,
+}
+
+#[derive(Default)]
+struct Guest {
+    shares: Mutex<HashMap<String, OwnedFd>>,
+    streams: Mutex<HashMap<u64, UnixStream>>,
+    processes: Mutex<HashMap<(String, String), Running>>,
+    events: Mutex<Option<mpsc::UnboundedSender<agent::Event>>>,
+}
+
+impl Guest {
+    async fn stdio(&self, id: u64) -> Stdio {
+        if id == 0 {
+            return Stdio::null();
+        }
+        for _ in 0..1000 {
+            if let Some(stream) = self.streams.lock().unwrap().remove(&id) {
+                return OwnedFd::from(stream).into();
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("no stream {id}");
+    }
+
+    fn tell_exit(&self, container: &str, exec: &str, status: u32) {
+        let exit = agent::ProcessExit {
+            container_id: container.into(),
+            exec_id: exec.into(),
+            status,
+            ..agent::ProcessExit::default()
+        };
+        let event = agent::Event {
+            event: Some(agent::event::Event::Exit(exit)),
+            ..agent::Event::default()
+        };
+        if let Some(events) = &*self.events.lock().unwrap() {
+            events.send(event).unwrap();
+        }
+    }
+
+    fn add(&self, container: &str, exec: &str, process: &serde_json::Value, stdio: agent::Stdio) {
+        let args = process["args"].as_array().unwrap().iter();
+        let args = args.map(|arg| arg.as_str().unwrap().to_owned()).collect();
+        let running = Running {
+            args,
+            stdio,
+            pid: 0,
+        };
+        self.processes
+            .lock()
+            .unwrap()
+            .insert((container.into(), exec.into()), running);
+    }
+}
+
+#[async_trait]
+impl agent_ttrpc::Agent for Guest {
+    async fn hello(
+        &self,
+        _: &TtrpcContext,
+        r: agent::HelloRequest,
+    ) -> Answer<agent::HelloResponse> {
+        assert!(r.entropy.len() >= 32 && r.wall_clock_ns > 0);
+        Ok(agent::HelloResponse {
+            version: "fake".into(),
+            kernel_release: "6.12-fake".into(),
+            ..agent::HelloResponse::default()
+        })
+    }
+
+    async fn events(
+        &self,
+        _: &TtrpcContext,
+        _: agent::EventsRequest,
+        sender: ServerStreamSender<agent::Event>,
+    ) -> Answer<()> {
+        let (events, mut queue) = mpsc::unbounded_channel();
+        *self.events.lock().unwrap() = Some(events);
+        while let Some(event) = queue.recv().await {
+            sender.send(&event).await?;
+        }
+        Ok(())
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        r: agent::CreateContainerRequest,
+    ) -> Answer<agent::CreateContainerResponse> {
+        let spec: serde_json::Value = serde_json::from_slice(&r.spec).unwrap();
+        let root = spec["root"]["path"].as_str().unwrap();
+        let share = root.strip_prefix("/run/husk/shares/").unwrap();
+        if !self.shares.lock().unwrap().contains_key(share) {
+            return refuse(
+                Code::INVALID_ARGUMENT,
+                format!("root.path: no share {share}"),
+            );
+        }
+        if spec["unknown"].is_object() {
+            return refuse(Code::INVALID_ARGUMENT, "unknown: not supported");
+        }
+        self.add(
+            &r.container_id,
+            "",
+            &spec["process"],
+            r.stdio.unwrap_or_default(),
+        );
+        Ok(agent::CreateContainerResponse::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, r: agent::ExecRequest) -> Answer<agent::ExecResponse> {
+        let process = serde_json::from_slice(&r.process).unwrap();
+        self.add(
+            &r.container_id,
+            &r.exec_id,
+            &process,
+            r.stdio.unwrap_or_default(),
+        );
+        Ok(agent::ExecResponse::default())
+    }
+
+    async fn start(
+        &self,
+        _: &TtrpcContext,
+        r: agent::StartRequest,
+    ) -> Answer<agent::StartResponse> {
+        let key = (r.container_id.clone(), r.exec_id.clone());
+        let (args, stdio) = {
+            let processes = self.processes.lock().unwrap();
+            let process = &processes[&key];
+            (process.args.clone(), process.stdio.clone())
+        };
+        let child = Command::new(&args[0])
+            .args(&args[1..])
+            .process_group(0)
+            .stdin(self.stdio(stdio.stdin).await)
+            .stdout(self.stdio(stdio.stdout).await)
+            .stderr(self.stdio(stdio.stderr).await)
+            .spawn();
+        let mut child = match child {
+            Ok(child) => child,
+            Err(e) => return refuse(Code::INVALID_ARGUMENT, format!("exec {}: {e}", args[0])),
+        };
+        let pid = i32::try_from(child.id()).unwrap();
+        self.processes.lock().unwrap().get_mut(&key).unwrap().pid = pid;
+        // The exit may well overtake the answer to this request, as in a real guest.
+        let events = self.events.lock().unwrap().clone();
+        thread::spawn(move || {
+            let status = child.wait().unwrap();
+            let code = status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().unwrap());
+            let exit = agent::ProcessExit {
+                container_id: key.0,
+                exec_id: key.1,
+                status: u32::try_from(code).unwrap(),
+                ..agent::ProcessExit::default()
+            };
+            let event = agent::Event {
+                event: Some(agent::event::Event::Exit(exit)),
+                ..agent::Event::default()
+            };
+            let _ = events.unwrap().send(event);
+        });
+        if args.last().is_some_and(|arg| arg == "slow-start") {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        Ok(agent::StartResponse::default())
+    }
+
+    async fn signal(
+        &self,
+        _: &TtrpcContext,
+        r: agent::SignalRequest,
+    ) -> Answer<agent::SignalResponse> {
+        let processes = self.processes.lock().unwrap();
+        for ((container, exec), process) in &*processes {
+            if *container != r.container_id || !(r.all || *exec == r.exec_id) {
+                continue;
+            }
+            if process.pid == 0 {
+                self.tell_exit(container, exec, 128 + r.signal);
+            } else {
+                // SAFETY: kill(2) takes numbers.
+                unsafe { libc::kill(-process.pid, i32::try_from(r.signal).unwrap()) };
+            }
+        }
+        Ok(agent::SignalResponse::default())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        _: agent::ResizePtyRequest,
+    ) -> Answer<agent::ResizePtyResponse> {
+        Ok(agent::ResizePtyResponse::default())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        r: agent::DeleteRequest,
+    ) -> Answer<agent::DeleteResponse> {
+        match self
+            .processes
+            .lock()
+            .unwrap()
+            .remove(&(r.container_id, r.exec_id))
+        {
+            Some(_) => Ok(agent::DeleteResponse::default()),
+            None => refuse(Code::NOT_FOUND, "no such process"),
+        }
+    }
+
+    async fn pids(&self, _: &TtrpcContext, _: agent::PidsRequest) -> Answer<agent::PidsResponse> {
+        Ok(agent::PidsResponse::default())
+    }
+
+    async fn pause(
+        &self,
+        _: &TtrpcContext,
+        _: agent::PauseRequest,
+    ) -> Answer<agent::PauseResponse> {
+        Ok(agent::PauseResponse::default())
+    }
+
+    async fn resume(
+        &self,
+        _: &TtrpcContext,
+        _: agent::ResumeRequest,
+    ) -> Answer<agent::ResumeResponse> {
+        Ok(agent::ResumeResponse::default())
+    }
+
+    async fn update(
+        &self,
+        _: &TtrpcContext,
+        _: agent::UpdateRequest,
+    ) -> Answer<agent::UpdateResponse> {
+        Ok(agent::UpdateResponse::default())
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        _: agent::StatsRequest,
+    ) -> Answer<agent::StatsResponse> {
+        let files = HashMap::from([("memory.current".to_owned(), "4096\n".to_owned())]);
+        Ok(agent::StatsResponse {
+            files,
+            ..agent::StatsResponse::default()
+        })
+    }
+
+    async fn shutdown(
+        &self,
+        _: &TtrpcContext,
+        _: agent::ShutdownRequest,
+    ) -> Answer<agent::ShutdownResponse> {
+        io::stderr().flush().unwrap();
+        std::process::exit(0)
+    }
+}

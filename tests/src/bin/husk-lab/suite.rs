@@ -1,0 +1,259 @@
+//! The end-to-end tests: built by cargo here, run in the lab, judged and counted here.
+//!
+//! A lab that dies takes the test it was running with it; the rest gets one fresh lab.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail};
+use husk_tests::wire::{Case, Job, Report, Verdict};
+
+use crate::{
+    Options, assets,
+    machine::{End, Machine},
+    stage::{Needs, Stage},
+};
+
+/// How often a new lab is booted after one has died.
+const FRESH_LABS: u32 = 3;
+
+#[derive(Default)]
+struct Tally {
+    passed: u32,
+    failed: u32,
+    ignored: u32,
+    filtered: u32,
+}
+
+pub fn run(options: &Options) -> Result<u8> {
+    let binaries = build()?;
+    let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
+    let mut cases = Vec::new();
+    for (target, binary) in &binaries {
+        let tally = tallies.entry(target.clone()).or_default();
+        let ignored = list(binary, true)?;
+        for name in list(binary, false)? {
+            let full = format!("{target}::{name}");
+            let wanted =
+                options.words.is_empty() || options.words.iter().any(|word| full.contains(word));
+            if !wanted {
+                tally.filtered += 1;
+            } else if ignored.contains(&name) {
+                tally.ignored += 1;
+            } else {
+                cases.push(Case {
+                    target: target.clone(),
+                    name,
+                });
+            }
+        }
+    }
+    if cases.is_empty() {
+        bail!("no test matches {:?}", options.words);
+    }
+
+    let begin = Instant::now();
+    let mut deaths = Vec::new();
+    let mut failures = Vec::new();
+    let mut directories = Vec::new();
+    println!("running {} tests in the lab", cases.len());
+    while !cases.is_empty() {
+        let stage = Stage::new("test", options, Needs::Everything)?;
+        for (target, binary) in &binaries {
+            stage.copy(binary, &Path::new("tests").join(target))?;
+        }
+        let plan = options.plan(Job::Test {
+            cases: cases.clone(),
+        });
+        let mut done = vec![false; cases.len()];
+        let mut running = None;
+        let end = Machine::boot(&stage, &plan, options)?.wait(
+            options.timeout_secs.or(Some(3000)),
+            &mut |report| match report {
+                Report::Ready { uptime } => {
+                    println!("the lab is up after {uptime:.1} s of its time")
+                }
+                Report::Start { index } => running = Some(*index),
+                Report::End {
+                    index,
+                    verdict,
+                    secs,
+                    output,
+                } => {
+                    running = None;
+                    let Some(case) = cases.get(*index) else {
+                        return;
+                    };
+                    done[*index] = true;
+                    let tally = tallies.entry(case.target.clone()).or_default();
+                    let word = match verdict {
+                        Verdict::Passed => "ok",
+                        Verdict::Failed => "FAILED",
+                        Verdict::TimedOut => "FAILED (no end in sight; see hang-* in the results)",
+                    };
+                    println!(
+                        "test {}::{} ... {word} <{secs:.1}s>",
+                        case.target, case.name
+                    );
+                    if *verdict == Verdict::Passed {
+                        tally.passed += 1;
+                    } else {
+                        tally.failed += 1;
+                        println!("{}", indent(output));
+                        failures.push(format!("{}::{}", case.target, case.name));
+                    }
+                }
+                _ => {}
+            },
+        )?;
+        directories.push(stage.results());
+        match end {
+            End::Done { status: 0 | 1 } => {}
+            End::Done { status } => bail!(
+                "the lab's init ended with status {status}; see {}",
+                stage.results().display()
+            ),
+            End::Died { why } => {
+                println!("THE LAB DIED, which is not a verdict on husk: {why}");
+                deaths.push(why);
+                // The test that ran when it happened is tried again like those that never ran.
+                if let Some(case) = running.and_then(|index: usize| cases.get(index)) {
+                    println!("while running {}::{}", case.target, case.name);
+                }
+            }
+        }
+        let mut index = 0;
+        cases.retain(|_| {
+            index += 1;
+            !done[index - 1]
+        });
+        if deaths.len() > FRESH_LABS as usize {
+            break;
+        }
+        if deaths.is_empty() && !cases.is_empty() {
+            bail!(
+                "{} tests were not run though the lab ended well",
+                cases.len()
+            );
+        }
+    }
+
+    // What no lab lived long enough for is not known to work.
+    for case in &cases {
+        tallies.entry(case.target.clone()).or_default().failed += 1;
+        failures.push(format!(
+            "{}::{} (not run: the lab died)",
+            case.target, case.name
+        ));
+    }
+    let mut total = Tally::default();
+    println!();
+    for (target, tally) in &tallies {
+        total.passed += tally.passed;
+        total.failed += tally.failed;
+        println!("     Ran tests/tests/{target}.rs\n{}", tally.line());
+    }
+    if !failures.is_empty() {
+        println!("\nfailures:\n    {}", failures.join("\n    "));
+    }
+    println!(
+        "\nlab: {} passed, {} failed, {} lab deaths, {:.0} s; logs in {}",
+        total.passed,
+        total.failed,
+        deaths.len(),
+        begin.elapsed().as_secs_f64(),
+        directories
+            .iter()
+            .map(|path| path.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", ")
+    );
+    Ok(u8::from(total.failed > 0))
+}
+
+impl Tally {
+    /// In cargo's own form, for people and for scripts that count.
+    fn line(&self) -> String {
+        format!(
+            "test result: {}. {} passed; {} failed; {} ignored; 0 measured; {} filtered out",
+            if self.failed == 0 { "ok" } else { "FAILED" },
+            self.passed,
+            self.failed,
+            self.ignored,
+            self.filtered
+        )
+    }
+}
+
+/// What a failed test said, without libtest's own frame: its summary line would be counted twice.
+fn indent(text: &str) -> String {
+    let frame = ["running 1 test", "test result:", "failures:"];
+    text.lines()
+        .filter(|line| {
+            !line.trim().is_empty() && !frame.iter().any(|start| line.starts_with(start))
+        })
+        .map(|line| format!("    {line}\n"))
+        .collect()
+}
+
+/// Compiles the test targets; returns their names and binaries.
+fn build() -> Result<Vec<(String, PathBuf)>> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args([
+            "test",
+            "--no-run",
+            "--quiet",
+            "-p",
+            "husk-tests",
+            "--features",
+            "lab",
+            "--test",
+            "*",
+        ])
+        .arg("--message-format=json-render-diagnostics")
+        .current_dir(assets::repository())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("start cargo")?;
+    if !output.status.success() {
+        bail!("the tests do not compile");
+    }
+    let mut binaries = Vec::new();
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let message: serde_json::Value = serde_json::from_str(line).context("understand cargo")?;
+        let is_test =
+            message["reason"] == "compiler-artifact" && message["target"]["kind"][0] == "test";
+        if let (true, Some(name), Some(binary)) = (
+            is_test,
+            message["target"]["name"].as_str(),
+            message["executable"].as_str(),
+        ) {
+            binaries.push((name.to_owned(), PathBuf::from(binary)));
+        }
+    }
+    binaries.sort();
+    Ok(binaries)
+}
+
+/// The names of a binary's tests; it runs nothing.
+fn list(binary: &Path, ignored: bool) -> Result<Vec<String>> {
+    let mut command = Command::new(binary);
+    command.args(["--list", "--format", "terse"]);
+    if ignored {
+        command.arg("--ignored");
+    }
+    let output = command
+        .output()
+        .with_context(|| format!("start {}", binary.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text
+        .lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+        .map(str::to_owned)
+        .collect())
+}

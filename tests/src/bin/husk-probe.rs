@@ -1,0 +1,283 @@
+//! What a container sees, said in lines that two runtimes can be compared by.
+//!
+//! * `husk-probe plant DIR MANY`: makes a tree of everything that file servers get wrong, with a
+//!   directory of MANY entries.
+//! * `husk-probe tree DIR`: lists a tree with all that can be known of each entry.
+//! * as PID 1 of a guest, the agent of a test: ends as it is told, or never answers anybody.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, lchown, symlink},
+    },
+    path::Path,
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 && env::args_os().next().as_deref() == Some(OsStr::new("/init")) {
+        be_init();
+    }
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("husk-probe: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Ends the guest as `husk_probe=` on the kernel's command line says (the kernel puts what it does
+/// not know into the environment), or never.
+fn be_init() {
+    use rustix::system::{RebootCommand, reboot};
+    let done = match env::var("husk_probe").as_deref() {
+        Ok("power-off") => reboot(RebootCommand::PowerOff),
+        Ok("reset") => reboot(RebootCommand::Restart),
+        // The end of init is a kernel panic.
+        Ok("exit") => std::process::exit(1),
+        _ => loop {
+            std::thread::park();
+        },
+    };
+    panic!("reboot: {done:?}");
+}
+
+fn run() -> Result<()> {
+    let args: Vec<_> = env::args_os().skip(1).collect();
+    match args.as_slice() {
+        [verb, directory, many] if verb == "plant" => {
+            let many = many.to_str().and_then(|text| text.parse().ok());
+            plant(Path::new(directory), many.context("MANY is a number")?)
+        }
+        [verb, directory] if verb == "tree" => tree(Path::new(directory)),
+        _ => bail!("usage: husk-probe plant DIR MANY | tree DIR"),
+    }
+}
+
+fn plant(root: &Path, count: u32) -> Result<()> {
+    fs::create_dir_all(root).with_context(|| format!("create {}", root.display()))?;
+    let file = |name: &str, content: &[u8]| -> Result<std::path::PathBuf> {
+        let path = root.join(name);
+        fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+        Ok(path)
+    };
+    let mode = |path: &Path, mode: u32| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .with_context(|| format!("chmod {}", path.display()))
+    };
+
+    for (uid, gid) in [(0, 0), (1, 65534), (1000, 1000), (123_456, 654_321)] {
+        let path = file(&format!("owner-{uid}-{gid}"), b"owned")?;
+        chown(&path, Some(uid), Some(gid))?;
+        let link = root.join(format!("owner-{uid}-{gid}.link"));
+        symlink("nowhere", &link)?;
+        lchown(&link, Some(uid), Some(gid))?;
+    }
+    for bits in [0o4755, 0o2755, 0o6711, 0o1777, 0o000, 0o444] {
+        let path = file(&format!("mode-{bits:04o}"), b"#!/bin/sh\n")?;
+        mode(&path, bits)?;
+    }
+    let path = file("owner-then-setuid", b"x")?;
+    chown(&path, Some(7), Some(8))?;
+    mode(&path, 0o4755)?;
+
+    let setgid = root.join("setgid-directory");
+    fs::create_dir(&setgid)?;
+    chown(&setgid, Some(0), Some(4242))?;
+    mode(&setgid, 0o2775)?;
+    fs::write(setgid.join("inherits-the-group"), b"")?;
+    fs::create_dir(setgid.join("inherits-the-bit"))?;
+
+    let path = file("xattrs", b"attributed")?;
+    let long = vec![b'x'; 3000];
+    for (name, value) in [
+        ("user.short", &b"value"[..]),
+        ("user.empty", &b""[..]),
+        ("user.binary", &b"\0\xff\n"[..]),
+        ("user.long", &long),
+        ("trusted.husk", &b"trusted"[..]),
+    ] {
+        // The privilege to set some of them is itself something to compare.
+        if let Err(error) = rustix::fs::setxattr(&path, name, value, XattrFlags::empty()) {
+            println!("set {name}: {error}");
+        }
+    }
+    rustix::fs::removexattr(&path, "user.short").context("remove user.short")?;
+
+    let first = file("hard-link-1", b"linked")?;
+    fs::hard_link(&first, root.join("hard-link-2"))?;
+    fs::hard_link(&first, root.join("hard-link-3"))?;
+    fs::remove_file(root.join("hard-link-2"))?;
+
+    for (name, target) in [
+        (
+            "out-of-the-root",
+            "../../../../../../../../etc/hostname-of-the-host",
+        ),
+        ("absolute", "/etc/passwd"),
+        ("loop", "loop"),
+        ("into-proc", "/proc/1/root"),
+    ] {
+        symlink(target, root.join(name))?;
+    }
+
+    let mut sparse = File::create(root.join("sparse"))?;
+    sparse.seek(SeekFrom::Start(64 << 20))?;
+    sparse.write_all(b"after the hole")?;
+    sparse.seek(SeekFrom::Start(8 << 20))?;
+    sparse.write_all(b"island")?;
+    drop(sparse);
+
+    for name in ["new\nline", "tab\t", " space ", "-n", "*", "caf\u{e9}"] {
+        file(name, name.as_bytes())?;
+    }
+    fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xff")), b"bytes")?;
+    file(&"n".repeat(255), b"longest")?;
+
+    for (name, kind) in [("fifo", FileType::Fifo), ("socket", FileType::Socket)] {
+        rustix::fs::mknodat(CWD, root.join(name), kind, Mode::from_raw_mode(0o640), 0)
+            .with_context(|| format!("mknod {name}"))?;
+    }
+
+    let unlinked = root.join("unlinked");
+    let mut ghost = File::create_new(&unlinked)?;
+    fs::remove_file(&unlinked)?;
+    ghost.write_all(b"still there")?;
+    ghost.rewind()?;
+    let mut read = String::new();
+    // Opened for writing only: reading must fail as it does everywhere.
+    println!(
+        "read a write-only file: {:?}",
+        ghost.read_to_string(&mut read).err().map(|e| e.kind())
+    );
+    println!("unlinked file has {} links", ghost.metadata()?.nlink());
+
+    fs::write(root.join("renamed-from"), b"moved")?;
+    fs::write(root.join("renamed-to"), b"replaced")?;
+    fs::rename(root.join("renamed-from"), root.join("renamed-to"))?;
+
+    let many = root.join("many");
+    fs::create_dir(&many)?;
+    for number in 0..count {
+        File::create(many.join(format!("entry-{number:05}")))?;
+    }
+    for number in (0..count).step_by(7) {
+        fs::remove_file(many.join(format!("entry-{number:05}")))?;
+    }
+    Ok(())
+}
+
+fn tree(root: &Path) -> Result<()> {
+    let mut inodes = BTreeMap::new();
+    let mut lines = String::new();
+    list(root, Path::new("."), &mut inodes, &mut lines)?;
+    io::stdout().write_all(lines.as_bytes())?;
+    Ok(())
+}
+
+/// `inodes` gives each file with several names the first of them, since numbers may differ.
+fn list(
+    root: &Path,
+    name: &Path,
+    inodes: &mut BTreeMap<u64, String>,
+    lines: &mut String,
+) -> Result<()> {
+    let path = root.join(name);
+    let meta = fs::symlink_metadata(&path).with_context(|| format!("stat {}", path.display()))?;
+    let kind = meta.file_type();
+    let mut line = format!(
+        "{name:?} {:o} {}:{} rdev {}",
+        meta.mode(),
+        meta.uid(),
+        meta.gid(),
+        meta.rdev()
+    );
+    if !kind.is_dir() {
+        let first = inodes
+            .entry(meta.ino())
+            .or_insert_with(|| format!("{name:?}"));
+        line += &format!(" links {} of {first} size {}", meta.nlink(), meta.size());
+    }
+    if kind.is_symlink() {
+        line += &format!(" -> {:?}", fs::read_link(&path)?);
+        line += &format!(
+            " reaches {:?}",
+            fs::metadata(&path).map_err(|e| e.kind()).is_ok()
+        );
+    }
+    // An empty file has nothing more to compare, and thousands of them take minutes in the lab.
+    let empty = kind.is_file() && meta.len() == 0;
+    if kind.is_file() && !empty {
+        let mut file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
+        line += &format!(" sum {:016x}", checksum(&mut file)?);
+        line += &format!(" sparse {}", meta.blocks() * 512 < meta.size());
+    }
+    if !kind.is_symlink() && !kind.is_socket() && !kind.is_fifo() && !empty {
+        line += &xattrs(&path)?;
+    }
+    lines.push_str(&line);
+    lines.push('\n');
+    if kind.is_dir() {
+        let mut names: Vec<_> = fs::read_dir(&path)?
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<io::Result<_>>()?;
+        names.sort();
+        for child in names {
+            list(root, &name.join(child), inodes, lines)?;
+        }
+    }
+    Ok(())
+}
+
+/// FNV-1a: enough to see a difference, no dependency.
+fn checksum(file: &mut File) -> Result<u64> {
+    let mut sum = 0xcbf2_9ce4_8422_2325_u64;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 {
+            return Ok(sum);
+        }
+        // Holes are long: a block of zeroes is folded in at once.
+        if buffer[..count].iter().all(|&byte| byte == 0) {
+            sum = sum.rotate_left(5) ^ count as u64;
+            continue;
+        }
+        for &byte in &buffer[..count] {
+            sum = (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}
+
+fn xattrs(path: &Path) -> Result<String> {
+    let mut names = vec![0_u8; 65536];
+    let count = rustix::fs::llistxattr(path, &mut names[..])
+        .with_context(|| format!("list xattrs of {}", path.display()))?;
+    let mut sorted: Vec<&[u8]> = names[..count]
+        .split(|&byte| byte == 0)
+        .filter(|name| !name.is_empty())
+        .collect();
+    sorted.sort();
+    let mut line = String::new();
+    for name in sorted {
+        let mut value = vec![0_u8; 65536];
+        let count = rustix::fs::lgetxattr(path, OsStr::from_bytes(name), &mut value[..])
+            .with_context(|| format!("read an xattr of {}", path.display()))?;
+        line += &format!(
+            " {}={:02x?}",
+            String::from_utf8_lossy(name),
+            &value[..count.min(8)]
+        );
+        line += &format!("({count})");
+    }
+    Ok(line)
+}

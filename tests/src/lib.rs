@@ -1,0 +1,11 @@
+//! What the end-to-end tests are written with. They run as root inside the lab, one at a time, beside
+//! a real containerd; see `docs/lab.md`.
+
+pub mod census;
+pub mod command;
+pub mod cpio;
+pub mod ctr;
+pub mod machine;
+pub mod settings;
+pub mod terminal;
+pub mod wire;

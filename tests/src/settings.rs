@@ -1,0 +1,34 @@
+//! husk's configuration file, for the length of one test.
+
+use std::{fs, io::ErrorKind, path::Path};
+
+const FILE: &str = "/etc/husk/config.toml";
+
+/// Writes the file; what was there before is put back when this is dropped.
+pub struct Settings {
+    before: Option<Vec<u8>>,
+}
+
+impl Settings {
+    #[track_caller]
+    pub fn write(text: &str) -> Self {
+        let before = match fs::read(FILE) {
+            Ok(bytes) => Some(bytes),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => panic!("read {FILE}: {error}"),
+        };
+        let directory = Path::new(FILE).parent().expect("absolute");
+        fs::create_dir_all(directory).expect("create /etc/husk");
+        fs::write(FILE, text).expect("write /etc/husk/config.toml");
+        Settings { before }
+    }
+}
+
+impl Drop for Settings {
+    fn drop(&mut self) {
+        let _ = match &self.before {
+            Some(bytes) => fs::write(FILE, bytes),
+            None => fs::remove_file(FILE),
+        };
+    }
+}

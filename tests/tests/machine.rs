@@ -1,0 +1,187 @@
+//! husk-vmm says how a guest ended. The guest here is no agent but a probe that ends as it is told.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use husk_proto::machine::{
+    PauseRequest, ResumeRequest, StopRequest, status_response::State, wait_response::Reason,
+};
+use husk_tests::{
+    cpio,
+    machine::{self, INITRD, KERNEL, Machine},
+};
+
+/// An initrd whose `/init` is the probe.
+fn probe_initrd() -> PathBuf {
+    let path = PathBuf::from("/var/tmp/probe-initrd.img");
+    let probe = fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
+    let file = File::create(&path).expect("create the initrd");
+    cpio::write_init(file, &probe).expect("write the initrd");
+    path
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(future)
+}
+
+/// Boots the probe with this on its command line and waits for the end.
+#[track_caller]
+fn end_of(cmdline: &str, vcpus: u32) -> (Reason, String, String) {
+    let initrd = probe_initrd();
+    let ended = block_on(async {
+        let mut machine = Machine::spawn()?;
+        let _agent = machine
+            .boot(Path::new(KERNEL), &initrd, 128, vcpus, cmdline)
+            .await?;
+        machine.wait().await
+    })
+    .unwrap_or_else(|error| panic!("{cmdline}: {error:#}"));
+    let console = String::from_utf8_lossy(&ended.console).into_owned();
+    (ended.reason.enum_value_or_default(), ended.detail, console)
+}
+
+#[test]
+fn a_power_off_is_told() {
+    let (reason, _, console) = end_of("husk_probe=power-off", 1);
+    assert_eq!(reason, Reason::POWERED_OFF, "{console}");
+}
+
+#[test]
+fn a_reset_is_told() {
+    let (reason, _, console) = end_of("husk_probe=reset", 1);
+    assert_eq!(reason, Reason::RESET, "{console}");
+}
+
+#[test]
+fn a_panic_is_told_with_its_line() {
+    let (reason, detail, console) = end_of("husk_probe=exit", 1);
+    assert_eq!(reason, Reason::PANICKED, "{console}");
+    assert!(detail.contains("Attempted to kill init"), "{detail}");
+    assert!(console.contains("Kernel panic - not syncing"), "{console}");
+}
+
+/// Before any driver is there to tell: the console alone knows.
+#[test]
+fn an_early_panic_is_told_with_its_line() {
+    let (reason, detail, console) = end_of("rdinit=/nowhere init=/nowhere", 1);
+    assert_eq!(reason, Reason::PANICKED, "{console}");
+    assert!(detail.contains("Kernel panic"), "{detail}");
+}
+
+#[test]
+fn a_triple_fault_is_told() {
+    let (reason, _, console) = end_of("husk_probe=reset reboot=t", 1);
+    assert_eq!(reason, Reason::TRIPLE_FAULT, "{console}");
+}
+
+#[test]
+fn two_processors_end_as_one() {
+    let (reason, _, console) = end_of("husk_probe=power-off", 2);
+    assert_eq!(reason, Reason::POWERED_OFF, "{console}");
+}
+
+#[test]
+fn stop_pause_and_resume() {
+    let initrd = probe_initrd();
+    block_on(async {
+        let mut machine = Machine::spawn().expect("spawn");
+        let status = machine.status().await.expect("status");
+        assert_eq!(status.state.enum_value_or_default(), State::WAITING);
+        let _agent = machine
+            .boot(Path::new(KERNEL), &initrd, 128, 2, "")
+            .await
+            .expect("boot");
+        let state = async || {
+            let status = machine.status().await.expect("status");
+            status.state.enum_value_or_default()
+        };
+        assert_eq!(state().await, State::RUNNING);
+        let client = machine.client();
+        client
+            .pause(machine::patience(), &PauseRequest::new())
+            .await
+            .expect("pause");
+        assert_eq!(state().await, State::PAUSED);
+        client
+            .resume(machine::patience(), &ResumeRequest::new())
+            .await
+            .expect("resume");
+        assert_eq!(state().await, State::RUNNING);
+        client
+            .stop(machine::patience(), &StopRequest::new())
+            .await
+            .expect("stop");
+        let ended = machine.wait().await.expect("wait");
+        assert_eq!(ended.reason.enum_value_or_default(), Reason::STOPPED);
+        assert_eq!(state().await, State::ENDED);
+    });
+}
+
+#[test]
+fn the_agent_answers() {
+    block_on(async {
+        let mut machine = Machine::spawn().expect("spawn");
+        let agent = machine
+            .boot(Path::new(KERNEL), Path::new(INITRD), 128, 1, "")
+            .await
+            .expect("boot");
+        machine::hello(agent).await.expect("hello");
+    });
+}
+
+/// The VMM has no path to its host: its root is empty, and so is every directory it holds.
+#[test]
+fn the_vmm_lives_in_an_empty_root() {
+    block_on(async {
+        let mut machine = Machine::spawn().expect("spawn");
+        let agent = machine
+            .boot(Path::new(KERNEL), Path::new(INITRD), 128, 1, "")
+            .await
+            .expect("boot");
+        machine::hello(agent).await.expect("hello");
+        let proc = PathBuf::from(format!("/proc/{}", machine.pid()));
+        let root: Vec<_> = fs::read_dir(proc.join("root")).expect("its root").collect();
+        assert!(root.is_empty(), "{root:?}");
+        let cwd: Vec<_> = fs::read_dir(proc.join("cwd")).expect("its cwd").collect();
+        assert!(cwd.is_empty(), "{cwd:?}");
+        let mounts = fs::read_to_string(proc.join("mounts")).expect("its mounts");
+        assert_eq!(mounts.lines().count(), 1, "{mounts}");
+        for entry in fs::read_dir(proc.join("fd")).expect("its fds").flatten() {
+            let target = entry.path().join("sys");
+            assert!(
+                !target.exists(),
+                "{} leads to {target:?}",
+                entry.path().display()
+            );
+        }
+        let environment = fs::read(proc.join("environ")).expect("its environment");
+        assert!(
+            environment.is_empty(),
+            "{}",
+            String::from_utf8_lossy(&environment)
+        );
+    });
+}
+
+/// It dies with the shim: when its machine socket closes.
+#[test]
+fn the_vmm_dies_when_its_socket_closes() {
+    let initrd = probe_initrd();
+    // The socket closes with the runtime, which must not be waited in.
+    let mut process = block_on(async {
+        let mut machine = Machine::spawn().expect("spawn");
+        let agent = machine
+            .boot(Path::new(KERNEL), &initrd, 128, 1, "")
+            .await
+            .expect("boot");
+        drop(agent);
+        machine.hang_up()
+    });
+    process.wait_gone().expect("it ends by itself");
+}

@@ -1,0 +1,96 @@
+//! Pods beside each other, and what they leave: nothing.
+
+use std::fs;
+
+use husk_tests::{
+    census::Census,
+    command,
+    ctr::{Container, Run, Runtime, ctr, fresh_id},
+};
+
+fn boot_id(pod: &Container) -> String {
+    pod.exec(&["cat", "/proc/sys/kernel/random/boot_id"]).ok()
+}
+
+#[test]
+fn two_pods_are_two_kernels() {
+    let first = Container::idle(Runtime::Husk);
+    let second = Container::idle(Runtime::Husk);
+    assert_ne!(boot_id(&first), boot_id(&second));
+    first.exec(&["sh", "-c", "echo mine >/tmp/mark"]).ok();
+    assert_ne!(second.exec(&["cat", "/tmp/mark"]).code(), 0);
+    assert_eq!(first.exec(&["cat", "/tmp/mark"]).ok(), "mine\n");
+}
+
+#[test]
+fn a_pod_that_ran_leaves_nothing() {
+    // The first of its kind may create directories that stay for good.
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    Run::husk(&["true"]).go().ok();
+    before.assert_restored();
+}
+
+#[test]
+fn a_pod_that_was_killed_leaves_nothing() {
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    let first = Container::idle(Runtime::Husk);
+    let second = Container::idle(Runtime::Husk);
+    first.exec(&["true"]).ok();
+    first.remove();
+    second.remove();
+    before.assert_restored();
+}
+
+#[test]
+fn a_pod_whose_vmm_dies_is_reported_and_leaves_nothing() {
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    let pod = Container::idle(Runtime::Husk);
+    kill_by_name("husk-vmm");
+    pod.wait_stopped();
+    pod.remove();
+    before.assert_restored();
+}
+
+#[test]
+fn a_pod_whose_shim_dies_is_reported_and_leaves_nothing() {
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    let pod = Container::idle(Runtime::Husk);
+    kill_by_name("containerd-shim-husk-v2");
+    pod.wait_stopped();
+    pod.remove();
+    before.assert_restored();
+}
+
+#[test]
+fn the_native_snapshotter_works_too() {
+    let id = fresh_id("native");
+    let mut command = ctr(&["run", "--rm", "--snapshotter", "native", "--runtime"]);
+    command
+        .args([Runtime::Husk.name(), husk_tests::ctr::IMAGE, &id])
+        .args(["sh", "-c", "echo kept >/file && cat /file && uname -r"]);
+    let out = command::run(&mut command, b"").ok();
+    assert!(
+        out.starts_with("kept\n") && out.trim().ends_with("-husk"),
+        "{out}"
+    );
+}
+
+/// Kills every process of this name: these tests run one at a time, alone in their lab.
+fn kill_by_name(name: &str) {
+    let mut killed = 0;
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let path = entry.path();
+        let exe = fs::read_link(path.join("exe")).unwrap_or_default();
+        if exe.file_name().is_some_and(|file| file == name) {
+            let pid = entry.file_name();
+            let pid = pid.to_str().expect("a pid");
+            command::run(std::process::Command::new("kill").args(["-9", pid]), b"").ok();
+            killed += 1;
+        }
+    }
+    assert!(killed > 0, "no process runs {name}");
+}

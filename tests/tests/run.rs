@@ -1,0 +1,135 @@
+//! `ctr run`: a container that is a microVM, and ends as its user expects.
+
+use std::{fs, time::Instant};
+
+use husk_tests::{
+    command::{self, PATIENCE, eventually},
+    ctr::{Container, Run, Runtime},
+};
+
+#[test]
+fn uname_is_the_guest_kernels() {
+    let inside = Run::husk(&["uname", "-r"]).go().ok();
+    let host = fs::read_to_string("/proc/sys/kernel/osrelease").expect("host's release");
+    assert!(inside.trim().ends_with("-husk"), "{inside}");
+    assert_ne!(inside.trim(), host.trim());
+}
+
+#[test]
+fn cpuinfo_and_meminfo_are_the_guests() {
+    let inside = Run::husk(&["cat", "/proc/cpuinfo", "/proc/meminfo"])
+        .go()
+        .ok();
+    let processors = inside
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    assert_eq!(processors, 1, "{inside}");
+    assert!(
+        inside.contains("hypervisor"),
+        "no hypervisor flag: {inside}"
+    );
+    let total: u64 = inside
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))
+        .and_then(|rest| rest.trim().strip_suffix(" kB"))
+        .and_then(|number| number.parse().ok())
+        .expect("MemTotal");
+    assert!(
+        (100 << 10..=256 << 10).contains(&total),
+        "MemTotal {total} kB"
+    );
+}
+
+#[test]
+fn exit_codes_reach_ctr() {
+    assert_eq!(Run::husk(&["true"]).go().code(), 0);
+    assert_eq!(Run::husk(&["sh", "-c", "exit 42"]).go().code(), 42);
+}
+
+#[test]
+fn death_by_signal_is_128_and_its_number() {
+    for (signal, code) in [("KILL", 137), ("TERM", 143)] {
+        let script = format!("kill -{signal} $$; sleep 60");
+        // As PID 1 a shell does not die of its own signals: one level down it does.
+        let outcome = Run::husk(&["sh", "-c", &format!("sh -c '{script}'; exit $?")]).go();
+        assert_eq!(outcome.code(), code, "{signal}: {outcome:?}");
+    }
+}
+
+#[test]
+fn kill_from_outside_ends_it_with_137() {
+    let id = husk_tests::ctr::fresh_id("kill");
+    let running = Run::husk(&["sleep", "86400"]).start(&id);
+    assert!(wait_running(&id), "{id} never ran");
+    command::run(
+        &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "KILL", &id]),
+        b"",
+    )
+    .ok();
+    assert_eq!(running.finish().code(), 137);
+}
+
+#[test]
+fn a_sigterm_handler_runs() {
+    let id = husk_tests::ctr::fresh_id("term");
+    let script = "trap 'echo handled; exit 7' TERM; echo ready; while :; do sleep 1; done";
+    let running = Run::husk(&["sh", "-c", script]).start(&id);
+    assert!(wait_running(&id), "{id} never ran");
+    // The handler is set a moment after the task is running: ask until it is seen to work.
+    let ended = eventually(Instant::now() + PATIENCE, || {
+        command::run(
+            &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "TERM", &id]),
+            b"",
+        );
+        (!wait_running_once(&id)).then_some(())
+    });
+    assert!(ended.is_some(), "{id} ignores SIGTERM");
+    let outcome = running.finish();
+    assert_eq!(outcome.code(), 7, "{outcome:?}");
+    assert!(outcome.out().ends_with("handled\n"), "{outcome:?}");
+}
+
+/// A default SIGTERM reaches a process that does not handle it, and says so.
+#[test]
+fn sigterm_stays_sigterm() {
+    let pod = Container::idle(Runtime::Husk);
+    let running = command::start(
+        &mut pod.exec_command(&[], &["sh", "-c", "sh -c 'kill -TERM $$'; echo $?"]),
+        b"",
+    );
+    assert_eq!(running.finish().ok(), "143\n");
+}
+
+#[test]
+fn kill_all_reaches_every_process() {
+    let script = "sleep 86400 & sleep 86400 & wait";
+    let pod = Container::detached(Runtime::Husk, &["--null-io"], &["sh", "-c", script]);
+    let extra = command::start(&mut pod.exec_command(&[], &["sleep", "86400"]), b"");
+    let seen = eventually(Instant::now() + PATIENCE, || {
+        let list = pod.exec(&["ps", "-o", "args"]).out();
+        (list
+            .lines()
+            .filter(|line| line.starts_with("sleep 86400"))
+            .count()
+            == 3)
+            .then_some(())
+    });
+    assert!(seen.is_some(), "three sleeps never ran");
+    pod.task("kill", &["-a", "-s", "KILL"]).ok();
+    assert_eq!(extra.finish().code(), 137);
+    pod.wait_stopped();
+}
+
+fn wait_running_once(id: &str) -> bool {
+    let list = command::run(&mut husk_tests::ctr::ctr(&["task", "ls"]), b"").out();
+    list.lines()
+        .any(|line| line.starts_with(&format!("{id} ")) && line.contains("RUNNING"))
+}
+
+fn wait_running(id: &str) -> bool {
+    eventually(Instant::now() + PATIENCE, || {
+        wait_running_once(id).then_some(())
+    })
+    .is_some()
+}

@@ -94,6 +94,7 @@ async fn serve(began: Duration) -> io::Result<()> {
     let ground = Ground {
         program: launch::program(Path::new("/proc/self/exe"))
             .map_err(|error| named("open the agent's program", error))?,
+        path: "/init".into(),
         cgroups: "/sys/fs/cgroup".into(),
         reaper,
         arrivals,

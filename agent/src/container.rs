@@ -34,6 +34,8 @@ use crate::sys;
 pub struct Ground {
     /// The agent's own program, see [`crate::launch::program`].
     pub program: OwnedFd,
+    /// Where that program is.
+    pub path: PathBuf,
     /// Where cgroup v2 is mounted.
     pub cgroups: PathBuf,
     pub reaper: Rc<Reaper>,
@@ -348,6 +350,11 @@ impl Container {
         process.run(Rc::clone(&alive));
         self.watch(process, exit);
         Ok(alive.pid)
+    }
+
+    /// Waits for the end of init, which must be near.
+    pub async fn gone(&self) -> Result<(), Fault> {
+        self.init.gone().await
     }
 
     /// A signal to one process, or to every one in the container.

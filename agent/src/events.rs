@@ -69,6 +69,11 @@ impl Events {
         self.news.notify_one();
     }
 
+    /// Drops what nobody has taken.
+    pub fn forget(&self) {
+        self.state().queue.clear();
+    }
+
     /// Becomes the listener; an earlier one gets nothing more.
     pub fn listen(&self) -> Listener<'_> {
         let mut state = self.state();

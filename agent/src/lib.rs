@@ -26,6 +26,7 @@ pub mod oci_init;
 pub mod pod;
 pub mod process;
 pub mod reaper;
+pub mod rehearsal;
 pub mod service;
 pub mod spec;
 pub mod streams;

@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use crate::container::{Container, Ground};
 use crate::fault::Fault;
+use crate::rehearsal;
 use crate::spec::{self, Spec};
 use crate::sys;
 
@@ -105,11 +106,7 @@ impl Pod {
         if self.containers.borrow().contains_key(id) {
             return Err(Fault::Exists(format!("container {id:?}")));
         }
-        if !self.prepared.get() {
-            (self.prepare)()
-                .map_err(|error| Fault::Broken(format!("prepare for containers: {error}")))?;
-            self.prepared.set(true);
-        }
+        self.be_prepared()?;
         self.containers
             .borrow_mut()
             .insert(id.into(), Slot::Creating);
@@ -126,6 +123,26 @@ impl Pod {
                 Err(fault)
             }
         }
+    }
+
+    fn be_prepared(&self) -> Result<(), Fault> {
+        if !self.prepared.get() {
+            (self.prepare)()
+                .map_err(|error| Fault::Broken(format!("prepare for containers: {error}")))?;
+            self.prepared.set(true);
+        }
+        Ok(())
+    }
+
+    /// Does ahead what every container of every clone of this guest needs. Nobody hears of it.
+    pub async fn rehearse(&self) -> Result<(), Fault> {
+        if !self.containers.borrow().is_empty() {
+            return Err(Fault::State("the guest has containers already".into()));
+        }
+        self.be_prepared()?;
+        rehearsal::run(self, &self.ground.path).await?;
+        self.ground.events.forget();
+        Ok(())
     }
 
     pub async fn delete(&self, id: &str, exec_id: &str) -> Result<(), Fault> {

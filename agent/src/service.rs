@@ -39,6 +39,13 @@ impl Agent for Service {
         })
     }
 
+    async fn prepare(&self, _: &TtrpcContext, _: PrepareRequest) -> Answer<PrepareResponse> {
+        self.door
+            .ask(|pod| async move { pod.rehearse().await })
+            .await?;
+        Ok(PrepareResponse::default())
+    }
+
     async fn events(
         &self,
         _: &TtrpcContext,

@@ -9,6 +9,7 @@
 
 mod rig;
 
+use std::path::Path;
 use std::time::Duration;
 
 use husk_proto::agent::*;
@@ -725,5 +726,22 @@ fn statuses_of_a_burst_come_complete() {
         }))
         .await;
         rig.remove(&c).await;
+    });
+}
+
+#[test]
+fn a_rehearsal_succeeds_and_leaves_nothing() {
+    with_rig!(rig, {
+        assert_eq!(rig.rehearsed, Ok(()));
+        assert!(!Path::new("/run/husk-rehearsal").exists());
+        assert!(!rig.cgroup("husk-rehearsal").exists());
+        let c = rig.sleeper().await;
+        let request = PrepareRequest::default();
+        let again = rig.client().prepare(Rig::context(), &request).await;
+        let error = again.unwrap_err().to_string();
+        assert!(error.contains("has containers already"), "{error}");
+        rig.remove(&c).await;
+        // Not even word of its end, which would have come first.
+        assert!(!rig.knows_of("husk-rehearsal"));
     });
 }

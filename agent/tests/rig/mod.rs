@@ -45,6 +45,8 @@ pub(crate) struct Rig {
     exits: Arc<Exits>,
     image: PathBuf,
     cgroups: PathBuf,
+    /// How Prepare went.
+    pub(crate) rehearsed: Result<(), String>,
 }
 
 /// The rig, or nothing but a loud word where this machine cannot carry it.
@@ -93,6 +95,7 @@ impl Rig {
                 let program = Path::new(env!("CARGO_BIN_EXE_husk-agent"));
                 let ground = Ground {
                     program: launch::program(program).unwrap(),
+                    path: program.into(),
                     cgroups: ground_cgroups,
                     reaper,
                     arrivals: Rc::clone(&arrivals),
@@ -107,14 +110,17 @@ impl Rig {
                 };
                 tokio::task::spawn_local(connection::serve(theirs, Arc::new(service)));
                 let client = AgentClient::new(Client::new(Socket::new(ours)));
+                // Before anybody listens to events, as in a template.
+                let rehearsed = client.prepare(Rig::context(), &Default::default()).await;
                 tokio::spawn(collect(client.clone(), collected));
-                ready.send((handle, client, sockets)).unwrap();
+                ready.send((handle, client, sockets, rehearsed)).unwrap();
                 while let Some(socket) = incoming.recv().await {
                     arrivals.connection(socket);
                 }
             });
         });
-        let (handle, client, sockets) = made.recv().map_err(|error| error.to_string())?;
+        let (handle, client, sockets, rehearsed) =
+            made.recv().map_err(|error| error.to_string())?;
         Ok(Self {
             handle,
             client,
@@ -122,6 +128,7 @@ impl Rig {
             exits,
             image,
             cgroups,
+            rehearsed: rehearsed.map(drop).map_err(|error| error.to_string()),
         })
     }
 
@@ -388,6 +395,16 @@ impl Rig {
     }
 
     /// Waits for the event.
+    /// Whether an event named this container.
+    pub(crate) fn knows_of(&self, id: &str) -> bool {
+        self.exits
+            .0
+            .lock()
+            .unwrap()
+            .keys()
+            .any(|(known, _)| known == id)
+    }
+
     pub(crate) async fn exit(&self, id: &str, exec: &str) -> u32 {
         let (exits, news) = &*self.exits;
         let wait = async {

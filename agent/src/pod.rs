@@ -11,7 +11,6 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use husk_proto::agent::Stdio;
-use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 use tokio::time::timeout;
@@ -20,11 +19,9 @@ use crate::container::{Container, Ground};
 use crate::fault::Fault;
 use crate::rehearsal;
 use crate::spec::{self, Spec};
-use crate::sys;
 
 /// How long file systems may take to write back before a shutdown.
 const SYNC_PATIENCE: Duration = Duration::from_secs(5);
-const NANOSECONDS: u64 = 1_000_000_000;
 
 pub struct Pod {
     ground: Rc<Ground>,
@@ -183,24 +180,4 @@ impl Pod {
         }
         Ok(())
     }
-}
-
-/// Gives the guest its time and its randomness.
-pub fn identify(wall_clock_ns: u64, entropy: &[u8]) -> Result<(), Fault> {
-    if !(32..=512).contains(&entropy.len()) {
-        return Err(Fault::Invalid(format!(
-            "entropy: {} bytes are not 32 to 512",
-            entropy.len()
-        )));
-    }
-    let broken = |what: &str, error: io::Error| Fault::Broken(format!("{what}: {error}"));
-    let now = Timespec {
-        tv_sec: i64::try_from(wall_clock_ns / NANOSECONDS).unwrap_or(i64::MAX),
-        tv_nsec: (wall_clock_ns % NANOSECONDS) as i64,
-    };
-    clock_settime(ClockId::Realtime, now).map_err(|error| broken("set the clock", error.into()))?;
-    let random =
-        std::fs::File::open("/dev/urandom").map_err(|error| broken("open /dev/urandom", error))?;
-    sys::add_entropy(std::os::fd::AsFd::as_fd(&random), entropy)
-        .map_err(|error| broken("add entropy", error))
 }

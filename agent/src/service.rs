@@ -13,7 +13,8 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::events::Events;
 use crate::fault::Fault;
-use crate::pod::{Door, identify};
+use crate::identity;
+use crate::pod::Door;
 use crate::spec;
 
 pub struct Service {
@@ -28,7 +29,7 @@ type Answer<T> = ttrpc::Result<T>;
 #[async_trait]
 impl Agent for Service {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> Answer<HelloResponse> {
-        identify(request.wall_clock_ns, &request.entropy)?;
+        identity::assume(request.wall_clock_ns, &request.entropy, &request.hostname)?;
         Ok(HelloResponse {
             version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: rustix::system::uname()
@@ -44,6 +45,15 @@ impl Agent for Service {
             .ask(|pod| async move { pod.rehearse().await })
             .await?;
         Ok(PrepareResponse::default())
+    }
+
+    async fn set_clock(
+        &self,
+        _: &TtrpcContext,
+        request: SetClockRequest,
+    ) -> Answer<SetClockResponse> {
+        identity::follow(request.wall_clock_ns)?;
+        Ok(SetClockResponse::default())
     }
 
     async fn events(

@@ -281,6 +281,16 @@ pub fn add_entropy(random: BorrowedFd, bytes: &[u8]) -> io::Result<()> {
     .map(drop)
 }
 
+/// Leads the wall clock on by so many microseconds, at 0.5 ms a second (adjtimex(2), ADJ_OFFSET_SINGLESHOT).
+pub fn slew_clock(microseconds: i64) -> io::Result<()> {
+    // SAFETY: an all-zero timex is a valid value: no change.
+    let mut change: libc::timex = unsafe { zeroed() };
+    change.modes = libc::ADJ_OFFSET_SINGLESHOT;
+    change.offset = microseconds;
+    // SAFETY: the structure lives across the call.
+    check(c_long::from(unsafe { libc::adjtimex(&raw mut change) })).map(drop)
+}
+
 /// Brings a network interface up (netdevice(7)); `socket` is any internet socket.
 pub fn interface_up(socket: BorrowedFd, name: &CStr) -> io::Result<()> {
     // SAFETY: an all-zero ifreq is a valid value: an empty name.

@@ -57,7 +57,7 @@ test: lint unit build husk-lab
 	$(LAB) test $(TESTS)
 
 unit:
-	@deploy/prepare-host build
+	@deploy/prepare-host test
 	$(CARGO) test --locked --workspace --tests
 
 lint:

@@ -10,8 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Generous: the lab is a software CPU. Whatever takes this long hangs.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Generous: the lab is a software CPU, and its host may be busy. Whatever takes this long hangs.
+pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// What a finished command left behind.
 pub struct Outcome {

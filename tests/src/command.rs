@@ -168,6 +168,7 @@ pub fn eventually<T>(deadline: Instant, mut ask: impl FnMut() -> Option<T>) -> O
         if Instant::now() >= deadline {
             return None;
         }
-        thread::sleep(Duration::from_millis(10));
+        // What asks is often a command, and takes the CPU that the answer waits for.
+        thread::sleep(Duration::from_millis(50));
     }
 }

@@ -11,6 +11,8 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 RELEASE := $(TARGET)/x86_64-unknown-linux-gnu/release
 LAB := CARGO=$(CARGO) $(TARGET)/x86_64-unknown-linux-gnu/debug/husk-lab
 
+# Two targets at once would both install packages; cargo and the kernel's build use all processors anyway.
+.NOTPARALLEL:
 .PHONY: all build binaries kernel initrd lab demo test test-long unit lint bench install clean husk-lab husk-bench
 
 all: build
@@ -57,7 +59,7 @@ test: lint unit build husk-lab
 	$(LAB) test $(TESTS)
 
 unit:
-	@deploy/prepare-host build
+	@deploy/prepare-host test
 	$(CARGO) test --locked --workspace --tests
 
 lint:

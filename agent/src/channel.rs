@@ -6,8 +6,8 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::net::SendFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -78,14 +78,11 @@ impl Channel {
         }
     }
 
-    /// Whether both directions of a socket are closed, or it is broken.
+    /// Whether nobody can read from the other end of a socket any more. Asked by sending nothing: poll(2)
+    /// tells of a vsock peer that is gone only once this end is shut down, too (vsock_poll in
+    /// net/vmw_vsock/af_vsock.c).
     pub fn hung_up(&self) -> bool {
-        let mut look = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::empty())];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        poll(&mut look, Some(&now)).is_ok_and(|count| count > 0)
+        rustix::net::send(self.as_fd(), &[], SendFlags::NOSIGNAL | SendFlags::DONTWAIT).is_err()
     }
 
     /// Copies to `to` until the end. Holds a buffer only while bytes flow: most streams of most
@@ -115,6 +112,8 @@ impl Channel {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Shutdown;
+    use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
     use tokio::time::timeout;
@@ -149,6 +148,17 @@ mod tests {
         };
         let ((), (), all) = tokio::join!(write, copy, read);
         assert!(all == bytes);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_peers_writing_is_no_hang_up() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let ours = Channel::new(ours.into()).unwrap();
+        assert!(!ours.hung_up());
+        theirs.shutdown(Shutdown::Write).unwrap();
+        assert!(!ours.hung_up());
+        drop(theirs);
+        assert!(ours.hung_up());
     }
 
     #[tokio::test]

@@ -444,19 +444,30 @@ impl Container {
         Ok(self.cgroup.freeze(pause).await?)
     }
 
-    pub fn update(&self, resources: &Resources) -> Result<(), Fault> {
-        Ok(self.cgroup.apply(resources)?)
+    pub async fn update(&self, resources: Resources) -> Result<(), Fault> {
+        Ok(self
+            .aside("update", move |cgroup| cgroup.apply(&resources))
+            .await??)
     }
 
-    /// The cgroup's statistics, read off this thread: some of the files take the kernel long.
     pub async fn statistics(&self) -> Result<HashMap<String, String>, Fault> {
-        let cgroup = self
-            .cgroup
-            .second()
-            .map_err(|error| Fault::Broken(format!("statistics: {error}")))?;
-        let read =
-            tokio::task::spawn_blocking(move || crate::cgroup::statistics(&cgroup).collect());
-        read.await
-            .map_err(|error| Fault::Broken(format!("statistics: {}", io::Error::from(error))))
+        self.aside("statistics", |cgroup| {
+            crate::cgroup::statistics(cgroup).collect()
+        })
+        .await
+    }
+
+    /// Works on the cgroup's files off this thread, where they take the kernel long: some statistics
+    /// have to be summed up, and a lower memory limit waits until enough is reclaimed.
+    async fn aside<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl FnOnce(&Cgroup) -> T + Send + 'static,
+    ) -> Result<T, Fault> {
+        let broken = |error| Fault::Broken(format!("{what}: {error}"));
+        let cgroup = self.cgroup.second().map_err(broken)?;
+        tokio::task::spawn_blocking(move || work(&cgroup))
+            .await
+            .map_err(|error| broken(io::Error::from(error)))
     }
 }

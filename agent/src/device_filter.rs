@@ -196,6 +196,10 @@ fn program(rules: &[DeviceRule]) -> Result<Vec<Instruction>, Problem> {
     Ok(code)
 }
 
+/// The kernel stops checking a program (EAGAIN) when a signal comes meanwhile, and every child that
+/// ends sends PID 1 one.
+const ATTEMPTS: usize = 64;
+
 /// Why a filter is not in place.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
@@ -207,7 +211,14 @@ pub enum FilterError {
 
 /// Puts the filter for `rules` on a cgroup.
 pub fn attach(cgroup: BorrowedFd, rules: &[DeviceRule]) -> Result<(), FilterError> {
-    attach_device_program(cgroup, &program(rules)?).map_err(FilterError::Attach)
+    let program = program(rules)?;
+    let mut again = 1..ATTEMPTS;
+    loop {
+        match attach_device_program(cgroup, &program) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && again.next().is_some() => {}
+            other => return other.map_err(FilterError::Attach),
+        }
+    }
 }
 
 #[cfg(test)]

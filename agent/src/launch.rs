@@ -21,6 +21,8 @@ use crate::sys::{self, Forked, Program};
 
 /// The name by which the program knows that it is the helper.
 pub const NAME: &CStr = c"oci-init";
+/// Above all numbers that descriptors have in the child.
+const FIRST_FREE: i32 = 16;
 /// How long one step may take. The slowest is reading the program over the file share.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -173,10 +175,6 @@ impl Launch {
         }
     }
 
-    pub fn pid(&self) -> i32 {
-        self.alive.as_ref().map_or(0, |alive| alive.pid)
-    }
-
     /// The master of the terminal, once.
     pub fn terminal(&mut self) -> Option<OwnedFd> {
         self.terminal.take()
@@ -208,9 +206,8 @@ fn fork(start: Start<'_>, control: OwnedFd) -> io::Result<Alive> {
         .map(AsFd::as_fd)
         .chain([control.as_fd()])
         .chain(start.init);
-    // Above all numbers they will have in the child.
     let given = given
-        .map(|fd| fcntl_dupfd_cloexec(fd, 16))
+        .map(|fd| fcntl_dupfd_cloexec(fd, FIRST_FREE))
         .collect::<Result<Vec<_>, _>>()?;
     let program = Program::new(start.program, NAME, &given);
     // SAFETY: the child does nothing but execute another program.
@@ -242,5 +239,6 @@ pub fn program(path: &std::path::Path) -> io::Result<OwnedFd> {
         ..Default::default()
     };
     sys::mount_setattr(tree.as_fd(), false, &read_only)?;
-    Ok(tree)
+    // The child puts what it is given in place before it executes this.
+    Ok(fcntl_dupfd_cloexec(&tree, FIRST_FREE)?)
 }

@@ -187,7 +187,7 @@ impl Agent for Service {
         self.door
             .ask(move |pod| async move {
                 let container = pod.container(&request.container_id)?;
-                container.update(&spec::parse(&request.resources)?)
+                container.update(spec::parse(&request.resources)?).await
             })
             .await?;
         Ok(UpdateResponse::default())

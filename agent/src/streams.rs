@@ -61,13 +61,13 @@ pub struct Arrivals {
 impl Arrivals {
     /// Takes a fresh connection from the host. One too many is closed.
     pub fn connection(self: &Rc<Self>, socket: OwnedFd) {
-        if self
+        let unclaimed = self
             .waiting
             .borrow()
-            .len()
-            .saturating_add(*self.nameless.borrow())
-            >= WAITING_LIMIT
-        {
+            .values()
+            .filter(|side| matches!(side, Side::Connection(_)))
+            .count();
+        if unclaimed.saturating_add(*self.nameless.borrow()) >= WAITING_LIMIT {
             log::warn!("stream refused: {WAITING_LIMIT} wait for their request already");
             return;
         }
@@ -444,6 +444,26 @@ mod tests {
                 let hosts: Vec<_> = (1..=300).map(|id| connect(&arrivals, id)).collect();
                 assert_eq!(*arrivals.nameless.borrow(), WAITING_LIMIT);
                 drop(hosts);
+            })
+            .await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_requests_do_not_keep_their_own_connections_out() {
+        LocalSet::new()
+            .run_until(async {
+                let arrivals = Rc::new(Arrivals::default());
+                let mut requests: Vec<_> = (1..=WAITING_LIMIT as u64)
+                    .map(|id| {
+                        let arrivals = Rc::clone(&arrivals);
+                        spawn_local(async move { arrivals.attach(&stdio(id, 0), false).await })
+                    })
+                    .collect();
+                while arrivals.waiting.borrow().len() < WAITING_LIMIT {
+                    tokio::task::yield_now().await;
+                }
+                let _host = connect(&arrivals, 1);
+                requests.remove(0).await.unwrap().unwrap();
             })
             .await;
     }

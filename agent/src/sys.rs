@@ -94,7 +94,8 @@ pub struct Program<'a> {
 }
 
 impl<'a> Program<'a> {
-    /// `descriptors` must lie above their own number, so that none is overwritten before its turn.
+    /// `file` and `descriptors` must lie above the numbers that those get, so that none is overwritten
+    /// before its turn.
     pub fn new(file: BorrowedFd<'a>, name: &'a CStr, descriptors: &'a [OwnedFd]) -> Self {
         let argv = [name.as_ptr(), ptr::null()];
         Self {

@@ -626,10 +626,10 @@ fn a_paused_container_stands_still() {
             rig.pause(&c.id, true).await.unwrap_err().0,
             "FAILED_PRECONDITION"
         );
-        tokio::time::sleep(Duration::from_millis(50)).await;
-        let before = c.io.drained().await;
+        // What was under way when it stopped; then nothing more, where ten lines would have come.
+        c.io.drained().await;
         tokio::time::sleep(Duration::from_millis(100)).await;
-        assert_eq!(c.io.drained().await, before);
+        assert_eq!(c.io.drained().await, 0);
         rig.exec(&c.id, "e", rig.process(&["true"])).await.unwrap();
         assert_eq!(
             rig.start(&c.id, "e").await.unwrap_err().0,
@@ -675,19 +675,27 @@ fn nothing_is_left_behind() {
     });
 }
 
+/// Each exec leaves two processes to the agent: the one that joins the container, and the one in it.
 #[test]
-fn many_short_processes_leave_no_zombie() {
+fn execs_leave_no_zombie() {
     with_rig!(rig, {
         let c = rig.sleeper().await;
-        let script = "i=0; while [ $i -lt 500 ]; do (true &); i=$((i+1)); done; sleep 0.2; ps | grep -c '[Z]' ; exit 0";
-        let io = rig
-            .exec(&c, "many", rig.process(&["sh", "-c", script]))
-            .await
-            .unwrap();
-        rig.start(&c, "many").await.unwrap();
-        assert_eq!(rig.exit(&c, "many").await, 0);
-        drop(io);
+        for i in 0..20 {
+            let id = format!("short{i}");
+            rig.exec(&c, &id, rig.process(&["true"])).await.unwrap();
+            rig.start(&c, &id).await.unwrap();
+            assert_eq!(rig.exit(&c, &id).await, 0);
+        }
         rig.remove(&c).await;
+        // Other tests have children, too, which are zombies for a moment each.
+        let mut left = rig::zombies();
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while !left.is_empty() && std::time::Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            let now = rig::zombies();
+            left.retain(|pid| now.contains(pid));
+        }
+        assert!(left.is_empty(), "{left:?}");
     });
 }
 

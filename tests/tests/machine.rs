@@ -30,9 +30,10 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
         .block_on(future)
 }
 
-/// Boots the probe with this on its command line and waits for the end.
+/// Boots the probe with this on its command line: it must end so. The answer is the detail and the
+/// console.
 #[track_caller]
-fn end_of(cmdline: &str, vcpus: u32) -> (Reason, String, String) {
+fn assert_end(cmdline: &str, vcpus: u32, reason: Reason) -> (String, String) {
     let initrd = probe_initrd();
     let ended = block_on(async {
         let mut machine = Machine::spawn()?;
@@ -43,25 +44,23 @@ fn end_of(cmdline: &str, vcpus: u32) -> (Reason, String, String) {
     })
     .unwrap_or_else(|error| panic!("{cmdline}: {error:#}"));
     let console = String::from_utf8_lossy(&ended.console).into_owned();
-    (ended.reason.enum_value_or_default(), ended.detail, console)
+    assert_eq!(ended.reason.enum_value_or_default(), reason, "{console}");
+    (ended.detail, console)
 }
 
 #[test]
 fn a_power_off_is_told() {
-    let (reason, _, console) = end_of("husk_probe=power-off", 1);
-    assert_eq!(reason, Reason::POWERED_OFF, "{console}");
+    assert_end("husk_probe=power-off", 1, Reason::POWERED_OFF);
 }
 
 #[test]
 fn a_reset_is_told() {
-    let (reason, _, console) = end_of("husk_probe=reset", 1);
-    assert_eq!(reason, Reason::RESET, "{console}");
+    assert_end("husk_probe=reset", 1, Reason::RESET);
 }
 
 #[test]
 fn a_panic_is_told_with_its_line() {
-    let (reason, detail, console) = end_of("husk_probe=exit", 1);
-    assert_eq!(reason, Reason::PANICKED, "{console}");
+    let (detail, console) = assert_end("husk_probe=exit", 1, Reason::PANICKED);
     assert!(detail.contains("Attempted to kill init"), "{detail}");
     assert!(console.contains("Kernel panic - not syncing"), "{console}");
 }
@@ -69,21 +68,18 @@ fn a_panic_is_told_with_its_line() {
 /// Before any driver is there to tell: the console alone knows.
 #[test]
 fn an_early_panic_is_told_with_its_line() {
-    let (reason, detail, console) = end_of("rdinit=/nowhere init=/nowhere", 1);
-    assert_eq!(reason, Reason::PANICKED, "{console}");
+    let (detail, _) = assert_end("rdinit=/nowhere init=/nowhere", 1, Reason::PANICKED);
     assert!(detail.contains("Kernel panic"), "{detail}");
 }
 
 #[test]
 fn a_triple_fault_is_told() {
-    let (reason, _, console) = end_of("husk_probe=reset reboot=t", 1);
-    assert_eq!(reason, Reason::TRIPLE_FAULT, "{console}");
+    assert_end("husk_probe=reset reboot=t", 1, Reason::TRIPLE_FAULT);
 }
 
 #[test]
 fn two_processors_end_as_one() {
-    let (reason, _, console) = end_of("husk_probe=power-off", 2);
-    assert_eq!(reason, Reason::POWERED_OFF, "{console}");
+    assert_end("husk_probe=power-off", 2, Reason::POWERED_OFF);
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::io;
 use std::os::fd::AsFd;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Uid, chmodat, chownat, makedev, mknodat, openat,
-    symlinkat, unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, openat, symlinkat,
+    unlinkat,
 };
 use rustix::io::Errno;
 
@@ -82,7 +82,7 @@ fn node(root: &Root, device: &Device) -> io::Result<()> {
         // Bounds are checked with the specification.
         _ => makedev(device.major as u32, device.minor as u32),
     };
-    // The mode may come with the bits of the file's type.
+    // The mode may come with the bits of the file's type; there is no umask here (`rootfs::build`).
     let mode = Mode::from_raw_mode(device.file_mode.unwrap_or(0o666) & 0o7777);
     match mknodat(&parent, name, kind, mode, number) {
         Ok(()) => {}
@@ -94,8 +94,6 @@ fn node(root: &Root, device: &Device) -> io::Result<()> {
         }
         Err(error) => return Err(error.into()),
     }
-    // Whatever the umask is.
-    chmodat(&parent, name, mode, AtFlags::empty())?;
     let (uid, gid) = (
         Uid::from_raw(device.uid.unwrap_or(0)),
         Gid::from_raw(device.gid.unwrap_or(0)),

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, fstat, makedev};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{chdir, fchdir, pivot_root};
 
@@ -106,10 +106,8 @@ fn mask(spec: &Spec, root: &Root) -> Result<(), Failure> {
             other => other.request(at)?,
         };
         if FileType::from_raw_mode(fstat(&target).guest(at)?.st_mode) != FileType::Directory {
-            let null = root
-                .open("/dev/null")
-                .and_then(|null| mounts::clone_of(null.as_fd(), false));
-            mounts::attach(null.request(at)?.as_fd(), target.as_fd()).request(at)?;
+            let null = null_device(root).request(at)?;
+            mounts::attach(null.as_fd(), target.as_fd()).request(at)?;
             continue;
         }
         let tree = match &empty {
@@ -121,6 +119,19 @@ fn mask(spec: &Spec, root: &Root) -> Result<(), Failure> {
         empty.get_or_insert(tree);
     }
     Ok(())
+}
+
+/// A mount of the container's /dev/null. What an image or a volume has put there instead would show
+/// through the mask (CVE-2025-31133).
+fn null_device(root: &Root) -> io::Result<OwnedFd> {
+    let null = root.open("/dev/null")?;
+    let found = fstat(&null)?;
+    let is_null = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice
+        && found.st_rdev == makedev(1, 3);
+    if !is_null {
+        return Err(io::Error::other("/dev/null is not the null device"));
+    }
+    mounts::clone_of(null.as_fd(), false)
 }
 
 fn is_missing(error: &io::Error) -> bool {

@@ -538,18 +538,21 @@ impl Io {
         tokio::join!(write, read).1
     }
 
-    /// Reads what is there now; how much that was in all since the first call.
+    /// Reads what is there, until nothing has come for a while; how many bytes that was.
     pub(crate) async fn drained(&self) -> usize {
         let mut stdout = self.stdout.lock().await;
         let mut buffer = vec![0; 1 << 20];
         let mut count = 0;
         let half = stdout.as_mut().unwrap();
         while let Ok(Ok(read)) =
-            tokio::time::timeout(Duration::from_millis(20), half.read(&mut buffer)).await
+            tokio::time::timeout(Duration::from_millis(100), half.read(&mut buffer)).await
         {
+            if read == 0 {
+                break;
+            }
             count += read;
         }
-        count.min(1)
+        count
     }
 
     /// Returns when the agent has closed stdin.
@@ -561,6 +564,23 @@ impl Io {
             0
         );
     }
+}
+
+/// Children of this process that have ended and were not reaped.
+pub(crate) fn zombies() -> Vec<u32> {
+    let is_zombie = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, fields) = stat.rsplit_once(')')?;
+        let mut fields = fields.split_whitespace();
+        let state = fields.next()?;
+        let parent: u32 = fields.next()?.parse().ok()?;
+        (state == "Z" && parent == std::process::id()).then_some(pid)
+    };
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(is_zombie)
+        .collect()
 }
 
 /// Clears away what earlier runs that failed have left.

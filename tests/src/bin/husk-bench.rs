@@ -23,7 +23,7 @@ const SAMPLES: usize = 10;
 const PODS: usize = 10;
 /// The guest's memory in every measure.
 const MEMORY_MIB: u64 = 128;
-/// What one exit of a vCPU costs on real hardware, which the lab's clock does not see (LAB.md).
+/// What one exit of a vCPU costs on real hardware, which the lab's clock does not see (docs/lab.md).
 const EXIT_MICROSECONDS: f64 = 1.5;
 
 fn main() -> ExitCode {

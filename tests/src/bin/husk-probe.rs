@@ -3,6 +3,8 @@
 //! * `husk-probe plant DIR MANY`: makes a tree of everything that file servers get wrong, with a
 //!   directory of MANY entries.
 //! * `husk-probe tree DIR`: lists a tree with all that can be known of each entry.
+//! * `husk-probe lock FILE`: says "locked" and holds the lock until the end of its input, or says "held".
+//! * `husk-probe reread`: prints again, from its beginning, the file that its input is.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, or never answers anybody.
 
 use std::{
@@ -59,8 +61,32 @@ fn run() -> Result<()> {
             plant(Path::new(directory), many.context("MANY is a number")?)
         }
         [verb, directory] if verb == "tree" => tree(Path::new(directory)),
-        _ => bail!("usage: husk-probe plant DIR MANY | tree DIR"),
+        [verb, file] if verb == "lock" => lock(Path::new(file)),
+        [verb] if verb == "reread" => reread(),
+        _ => bail!("usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread"),
     }
+}
+
+fn lock(path: &Path) -> Result<()> {
+    use rustix::fs::{FlockOperation, flock};
+    let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => println!("locked"),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            println!("held");
+            return Ok(());
+        }
+        Err(error) => return Err(error).with_context(|| format!("lock {}", path.display())),
+    }
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    Ok(())
+}
+
+fn reread() -> Result<()> {
+    let mut file = File::from(rustix::io::dup(rustix::stdio::stdin())?);
+    file.seek(SeekFrom::Start(0))?;
+    io::copy(&mut file, &mut io::stdout())?;
+    Ok(())
 }
 
 fn plant(root: &Path, count: u32) -> Result<()> {

@@ -45,7 +45,7 @@ impl FileServer {
             node.note_write();
             overlay::settle(&self.nodes, &node);
         }
-        let open_flags = node.share.open_flags();
+        let open_flags = node.share.open_flags(writes(flags));
         let handle = FileHandle::new(node, file, flags & !libc::O_TRUNC, permit);
         let fh = self.handles.add(Handle::File(Arc::new(handle)))?;
         Ok(Answer::of(&OpenOut {
@@ -94,7 +94,7 @@ impl FileServer {
         }))
     }
 
-    /// Sent for shares that are not exclusive alone: see [`Share::open_flags`].
+    /// Sent for files opened for writing on shares that are not exclusive: see [`Share::open_flags`].
     ///
     /// [`Share::open_flags`]: super::share::Share::open_flags
     pub(super) fn flush(&self, request: &Request<'_>) -> Result<Answer, Errno> {

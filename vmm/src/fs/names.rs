@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::creds::{AsCaller, WithoutFsetid};
 use super::data::host_flags;
-use super::handle::{FileHandle, Handle};
+use super::handle::{FileHandle, Handle, writes};
 use super::inode::Node;
 use super::limits::Permit;
 use super::message::{Answer, Request};
@@ -182,8 +182,8 @@ impl FileServer {
         node.note_write();
         overlay::settle(&self.nodes, &node);
         let entry = self.entry(&node, stat);
-        let open_flags = node.share.open_flags();
         let flags = host_flags(asked.flags) & !libc::O_TRUNC;
+        let open_flags = node.share.open_flags(writes(flags));
         let id = node.id;
         let handle = Handle::File(Arc::new(FileHandle::new(node, file, flags, permit)));
         let fh = self

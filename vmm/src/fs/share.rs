@@ -85,12 +85,12 @@ impl Share {
     }
 
     /// The flags of a reply to OPEN and CREATE. Without FLUSH, close(2) costs the guest nothing;
-    /// others must see data that a mapping has changed when the file is closed.
-    pub(super) fn open_flags(&self) -> u32 {
-        if self.exclusive {
-            FOPEN_KEEP_CACHE | FOPEN_NOFLUSH
-        } else {
-            0
+    /// others must see data that a mapping has changed when a file opened for writing is closed.
+    pub(super) fn open_flags(&self, writes: bool) -> u32 {
+        match (self.exclusive, writes) {
+            (true, _) => FOPEN_KEEP_CACHE | FOPEN_NOFLUSH,
+            (false, false) => FOPEN_NOFLUSH,
+            (false, true) => 0,
         }
     }
 

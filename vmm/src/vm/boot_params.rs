@@ -33,8 +33,9 @@ const CMDLINE_MAX: usize = 2048;
 ///   the quirks of chipsets.
 /// * `retain_initrd`: its pages stay those of the file, shared with other pods; to free them the
 ///   kernel would write each.
+/// * `numdummies`, `numifbs`: interfaces that nobody has asked for.
 const OWN_CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep reboot=k panic=-1 pci=conf1,noearly \
-     retain_initrd";
+     retain_initrd dummy.numdummies=0 ifb.numifbs=0";
 
 /// Offsets in the zero page (`struct boot_params`).
 mod offset {

@@ -35,7 +35,7 @@ options:
   --memory MIB      memory of the lab [6144]
   --cpus N          processors of the lab [2]
   --timeout SECS    give the whole run up after so much wall time [run: 900, test: 3000]
-  --limit SECS      lab time that one test may take [300]
+  --limit SECS      lab time that one test may take [600]
   --virtual-time    the clock counts instructions (as in bench)
   --no-containerd   do not start containerd
   --stock-qemu      use the host's QEMU instead of building the patched one
@@ -101,7 +101,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         memory_mib: 6144,
         cpus: 2,
         timeout_secs: None,
-        limit_secs: 300,
+        limit_secs: 600,
         clock: Clock::Wall,
         containerd: true,
         stock_qemu: std::env::var_os("HUSK_STOCK_QEMU").is_some(),

@@ -1,6 +1,7 @@
 //! The end-to-end tests: built by cargo here, run in the lab, judged and counted here.
 //!
-//! A lab that dies takes the test it was running with it; the rest gets one fresh lab.
+//! Where a lab dies, the tests that are left get a fresh one, and the test that it was running comes last
+//! there: if it is to blame, the others have had their turn.
 
 use std::{
     collections::BTreeMap,
@@ -120,17 +121,12 @@ pub fn run(options: &Options) -> Result<u8> {
             End::Died { why } => {
                 println!("THE LAB DIED, which is not a verdict on husk: {why}");
                 deaths.push(why);
-                // The test that ran when it happened is tried again like those that never ran.
                 if let Some(case) = running.and_then(|index: usize| cases.get(index)) {
                     println!("while running {}::{}", case.target, case.name);
                 }
             }
         }
-        let mut index = 0;
-        cases.retain(|_| {
-            index += 1;
-            !done[index - 1]
-        });
+        cases = left(cases, &done, running);
         if deaths.len() > FRESH_LABS as usize {
             break;
         }
@@ -173,6 +169,21 @@ pub fn run(options: &Options) -> Result<u8> {
             .join(", ")
     );
     Ok(u8::from(total.failed > 0))
+}
+
+/// The tests that are not done, the one that was running when the lab died last.
+fn left(cases: Vec<Case>, done: &[bool], running: Option<usize>) -> Vec<Case> {
+    let mut left = Vec::new();
+    let mut suspect = None;
+    for (index, case) in cases.into_iter().enumerate() {
+        if running == Some(index) {
+            suspect = Some(case);
+        } else if done.get(index) != Some(&true) {
+            left.push(case);
+        }
+    }
+    left.extend(suspect);
+    left
 }
 
 impl Tally {
@@ -256,4 +267,26 @@ fn list(binary: &Path, ignored: bool) -> Result<Vec<String>> {
         .filter_map(|line| line.strip_suffix(": test"))
         .map(str::to_owned)
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_test_that_a_lab_died_of_comes_last() {
+        let case = |name: &str| Case {
+            target: "run".to_owned(),
+            name: name.to_owned(),
+        };
+        let cases = || vec![case("done"), case("running"), case("not begun")];
+        assert_eq!(
+            left(cases(), &[true, false, false], Some(1)),
+            [case("not begun"), case("running")]
+        );
+        assert_eq!(
+            left(cases(), &[true, true, false], None),
+            [case("not begun")]
+        );
+    }
 }

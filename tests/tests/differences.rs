@@ -1,0 +1,174 @@
+//! The rows of docs/differences.md that no other test shows. Where one fails, husk has come nearer to runc, and
+//! the page wants a change.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use husk_tests::{
+    command,
+    ctr::{Container, Run, Runtime, ctr, fresh_id},
+};
+
+/// Where the lab installs it; static, so that it runs in any image.
+const PROBE: &str = "/usr/local/lib/husk-tests/husk-probe";
+
+/// A directory of the host, gone with this value.
+struct Volume(PathBuf);
+
+impl Volume {
+    fn new() -> Self {
+        let path = Path::new("/var/tmp").join(fresh_id("volume"));
+        fs::create_dir_all(&path).expect("create a volume");
+        Self(path)
+    }
+
+    fn file(&self) -> PathBuf {
+        self.0.join("file")
+    }
+
+    fn mount(&self) -> String {
+        let source = self.0.display();
+        format!("type=bind,src={source},dst=/data,options=rbind:rw")
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn probe_mount() -> String {
+    format!("type=bind,src={PROBE},dst=/probe,options=rbind:ro")
+}
+
+/// The pid that containerd knows the task by.
+fn pid(container: &Container) -> u32 {
+    let list = command::run(&mut ctr(&["task", "ls"]), b"").ok();
+    let line = list
+        .lines()
+        .find(|line| line.starts_with(&format!("{} ", container.id)))
+        .unwrap_or_else(|| panic!("{} is not in {list}", container.id));
+    let pid = line.split_whitespace().nth(1).expect("a pid");
+    pid.parse().expect("a number")
+}
+
+#[test]
+fn the_pid_is_the_vmms() {
+    let name = |runtime| {
+        let container = Container::idle(runtime);
+        let comm = fs::read_to_string(format!("/proc/{}/comm", pid(&container)));
+        comm.expect("read the name of the process")
+    };
+    assert_eq!(name(Runtime::Runc), "sleep\n");
+    assert_eq!(name(Runtime::Husk), "husk-vmm\n");
+}
+
+#[test]
+fn loopback_is_the_only_network_and_it_is_up() {
+    let script = "ls /sys/class/net; ping -c 1 -W 5 127.0.0.1 >/dev/null && echo answered";
+    let out = Run::husk(&["sh", "-c", script]).go().ok();
+    assert_eq!(out, "lo\nanswered\n");
+}
+
+/// Locks are the guest kernel's: another process of the pod is kept out, the host is not.
+#[test]
+fn locks_on_a_volume_end_at_the_guest() {
+    let outcome = |runtime| {
+        let volume = Volume::new();
+        fs::write(volume.file(), "").expect("write");
+        let container = Container::detached(
+            runtime,
+            &[
+                "--null-io",
+                "--mount",
+                &volume.mount(),
+                "--mount",
+                &probe_mount(),
+            ],
+            &["sleep", "86400"],
+        );
+        let mut holder = container
+            .exec_command(&[], &["/probe", "lock", "/data/file"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start ctr");
+        let mut word = [0; 7];
+        let out = holder.stdout.as_mut().expect("piped");
+        out.read_exact(&mut word).expect("the first word");
+        assert_eq!(&word, b"locked\n");
+        let inside = container.exec(&["/probe", "lock", "/data/file"]).out();
+        let mut host = Command::new(PROBE);
+        let outside = command::run(host.arg("lock").arg(volume.file()), b"").out();
+        drop(holder.stdin.take());
+        assert!(holder.wait().expect("wait for ctr").success());
+        (inside, outside)
+    };
+    let (held, locked) = ("held\n".to_string(), "locked\n".to_string());
+    assert_eq!(outcome(Runtime::Runc), (held.clone(), held.clone()));
+    assert_eq!(outcome(Runtime::Husk), (held, locked));
+}
+
+/// A file kept open shows what it held when it was opened, while its size is the same.
+#[test]
+fn an_open_file_of_a_volume_is_cached() {
+    let outcome = |runtime| {
+        let volume = Volume::new();
+        fs::write(volume.file(), "old\n").expect("write");
+        let script = "exec 3</data/file; read before <&3; echo $before; read go; \
+            /probe reread <&3; cat /data/file";
+        let id = fresh_id("cached");
+        let mounts = [volume.mount(), probe_mount()];
+        let mut running = Run::husk(&["sh", "-c", script])
+            .runtime(runtime)
+            .flags(&["--mount", &mounts[0], "--mount", &mounts[1]])
+            .command(&id)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start ctr");
+        let mut out = running.stdout.take().expect("piped");
+        let mut first = [0; 4];
+        out.read_exact(&mut first).expect("the first line");
+        assert_eq!(&first, b"old\n");
+        fs::write(volume.file(), "new\n").expect("write again");
+        let mut input = running.stdin.take().expect("piped");
+        input.write_all(b"go\n").expect("go on");
+        drop(input);
+        let mut rest = String::new();
+        out.read_to_string(&mut rest).expect("the rest");
+        assert!(running.wait().expect("wait for ctr").success());
+        rest
+    };
+    assert_eq!(outcome(Runtime::Runc), "new\nnew\n");
+    assert_eq!(outcome(Runtime::Husk), "old\nnew\n");
+}
+
+/// The host's own view of the root file system: nothing of it is mounted where runc's is.
+#[test]
+fn the_rootfs_is_not_mounted_on_the_host() {
+    let entries = |runtime| {
+        let container = Container::idle(runtime);
+        let rootfs = format!(
+            "/run/containerd/io.containerd.runtime.v2.task/default/{}/rootfs",
+            container.id
+        );
+        fs::read_dir(rootfs).map_or(0, Iterator::count)
+    };
+    assert!(entries(Runtime::Runc) > 0);
+    assert_eq!(entries(Runtime::Husk), 0);
+}
+
+#[test]
+fn the_root_is_a_share() {
+    let out = Run::husk(&["cat", "/proc/mounts"]).go().ok();
+    let root = out.lines().find(|line| line.split(' ').nth(1) == Some("/"));
+    let root = root.unwrap_or_else(|| panic!("no root in {out}"));
+    let words: Vec<_> = root.split(' ').collect();
+    assert_eq!((words[0], words[2]), ("none", "virtiofs"), "{root}");
+}

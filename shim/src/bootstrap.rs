@@ -85,6 +85,7 @@ fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Resu
         .arg0(name)
         .args(["-namespace", &invocation.namespace, "-id", group])
         .args(["-address", &invocation.address])
+        .args(["-since", &invocation.since_ns.to_string()])
         .stdin(Stdio::from(listener))
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -65,6 +65,7 @@ fn serve(invocation: &Invocation) -> Result<()> {
             namespace: invocation.namespace.clone(),
             id: invocation.id.clone(),
             socket,
+            since_ns: invocation.since_ns,
         };
         let pod = Pod::new(identity, events.clone());
         listener.set_nonblocking(true)?;

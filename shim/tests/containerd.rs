@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake_vmm;
+mod templates;
 
 use std::{
     collections::HashMap,
@@ -67,13 +68,14 @@ fn main() {
         .build()
         .unwrap();
     macro_rules! run {
-        ($($test:ident)*) => {$(
-            if stringify!($test).contains(&filter) {
+        ($($test:path)*) => {$(
+            let name = stringify!($test).replace(' ', "");
+            if name.contains(&filter) {
                 let begun = Instant::now();
                 runtime.block_on(async {
                     tokio::time::timeout(Duration::from_secs(60), $test()).await.expect("in time")
                 });
-                println!("test {} ... ok ({} ms)", stringify!($test), begun.elapsed().as_millis());
+                println!("test {name} ... ok ({} ms)", begun.elapsed().as_millis());
             }
         )*};
     }
@@ -87,6 +89,15 @@ fn main() {
         a_vmm_that_dies_ends_everything_once
         a_shim_that_was_killed_is_cleaned_up_after
         two_containers_of_a_group_share_a_shim
+        templates::the_second_pod_is_a_clone
+        templates::pods_at_once_have_one_template_built
+        templates::what_is_wrong_with_a_template_costs_no_pod
+        templates::a_template_that_vanishes_in_use_is_used
+        templates::a_damaged_template_is_replaced
+        templates::a_build_that_fails_leaves_nothing_and_is_not_repeated
+        templates::a_build_that_is_interrupted_leaves_nothing
+        templates::templates_are_seen_to_by_hand
+        templates::namespaces_share_no_template
     }
 }
 
@@ -114,6 +125,8 @@ struct Host {
     top: tempfile::TempDir,
     namespace: String,
     seen: Seen,
+    /// More of the configuration, one line each.
+    settings: Vec<String>,
     _events: Server,
 }
 
@@ -152,6 +165,7 @@ impl Host {
             top,
             namespace,
             seen,
+            settings: vec!["templates = \"off\"".into()],
             _events: events,
         }
     }
@@ -211,13 +225,18 @@ impl Host {
         }
     }
 
-    fn create_request(&self, task: &Task) -> CreateTaskRequest {
-        let body = format!(
-            "vmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nagent_timeout_ms = 1500\n",
+    fn configuration(&self) -> String {
+        format!(
+            "vmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nagent_timeout_ms = 1500\n{}\n",
             std::env::current_exe().unwrap(),
             self.at("vmlinux"),
             self.at("initrd"),
-        );
+            self.settings.join("\n"),
+        )
+    }
+
+    fn create_request(&self, task: &Task) -> CreateTaskRequest {
+        let body = self.configuration();
         // Field 3 of runtimeoptions.v1.Options, with a length of two bytes.
         let mut options = vec![
             0x1a,

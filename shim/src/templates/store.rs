@@ -159,7 +159,7 @@ impl Store {
                 directory,
             });
         }
-        entries.sort_by(|a, b| b.last_use.cmp(&a.last_use));
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.last_use));
         Ok(entries)
     }
 

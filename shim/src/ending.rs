@@ -142,6 +142,10 @@ impl Pod {
         if !self.containers().is_empty() {
             return false;
         }
+        let ahead = self.ahead().take();
+        if let Some(ahead) = ahead {
+            ahead.cancel().await;
+        }
         if let Some(vm) = self.vm() {
             vm.stop().await;
         }

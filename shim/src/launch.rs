@@ -44,7 +44,7 @@ pub struct Launched {
     pub vm: Arc<Vm>,
     /// What the guest says; closes at its end.
     pub events: mpsc::Receiver<GuestEvent>,
-    /// What a template would have to be made of for the next pod not to boot.
+    /// What a template would have to be made of, where there was none.
     pub wanted: Option<Ingredients>,
 }
 
@@ -63,25 +63,23 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     };
     let (vm, agent) = start()?;
     let (template, wanted) = look_up(setup);
+    let launched = |vm, events| Launched { vm, events, wanted };
     let Some(template) = template else {
         let events = boot(setup, &vm, &kvm, agent).await?;
-        return Ok(Launched { vm, events, wanted });
+        return Ok(launched(vm, events));
     };
     let why = match restore(setup, &vm, &kvm, &agent, &template).await {
         Ok(()) => {
             drop(agent);
             match greet_clone(setup, &vm, &template).await {
-                Ok(events) => {
-                    let wanted = None;
-                    return Ok(Launched { vm, events, wanted });
-                }
+                Ok(events) => return Ok(launched(vm, events)),
                 Err(why) => why,
             }
         }
         Err(why) => {
             log::warn!("template {}: {why}: booting instead", template.key);
             if let Ok(events) = boot(setup, &vm, &kvm, agent).await {
-                return Ok(Launched { vm, events, wanted });
+                return Ok(launched(vm, events));
             }
             distrust(setup, &template);
             Fault::internal("it does not boot either")
@@ -91,10 +89,10 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     log::warn!("the clone's VM is given up ({why}): booting in a new one");
     let (vm, agent) = start()?;
     let events = boot(setup, &vm, &kvm, agent).await?;
-    Ok(Launched { vm, events, wanted })
+    Ok(launched(vm, events))
 }
 
-/// The template to start from, if there is a fit one, and what it is or would be made of.
+/// The template to start from, or what one would have to be made of.
 fn look_up(setup: &Setup) -> (Option<Template>, Option<Ingredients>) {
     let Some(scope) = &setup.scope else {
         return (None, None);
@@ -108,7 +106,8 @@ fn look_up(setup: &Setup) -> (Option<Template>, Option<Ingredients>) {
     };
     let store = Store::new(&setup.config.template_dir);
     match store.open(&made_of) {
-        Ok(template) => (template, Some(made_of)),
+        Ok(Some(template)) => (Some(template), None),
+        Ok(None) => (None, Some(made_of)),
         Err(unfit) => {
             let key = made_of.key();
             log::warn!("template {key}: {}: booting instead", unfit.reason);

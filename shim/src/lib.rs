@@ -8,7 +8,8 @@
 //! serve   serve, task                  the process of the pod: speaks task v2 and v3 to containerd
 //!           pod, control, ending         what runs in the pod, from its creation to its end
 //!           process, stdio               its processes and their bytes
-//!           launch, templates            how its VM starts: as a clone, or by booting
+//!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
+//!                                        booting
 //!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
 //!           spec, shares, mount          what of the host the guest gets to see
 //!           events                       what containerd is told
@@ -17,6 +18,7 @@
 //! ```
 
 pub mod address;
+pub mod ahead;
 pub mod args;
 pub mod bootstrap;
 pub mod cgroup;

@@ -23,11 +23,13 @@ use husk_proto::agent as api;
 use protobuf::MessageField;
 use tokio::{
     sync::{Notify, OnceCell, mpsc},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use ttrpc::{Code, context};
 
 use crate::{
+    ahead::Ahead,
     args::is_identifier,
     cgroup,
     config::{CONFIG, Config, Sharing},
@@ -70,6 +72,10 @@ pub struct Pod {
     pub(crate) identity: Identity,
     containers: Mutex<HashMap<String, Container>>,
     vm: OnceCell<Arc<Vm>>,
+    /// The first container's VM, as long as nobody has asked for it.
+    ahead: Mutex<Option<Ahead>>,
+    /// Of the first container's start.
+    first: Arc<Timeline>,
     /// The template that its VM could not start from, to be built once there is time for it.
     wanted: Mutex<Option<(Config, Ingredients)>>,
     events: Publisher,
@@ -82,6 +88,8 @@ pub struct Pod {
 impl Pod {
     pub fn new(identity: Identity, events: Publisher) -> Arc<Self> {
         Arc::new(Self {
+            first: Arc::new(Timeline::since(identity.since_ns)),
+            ahead: Mutex::default(),
             identity,
             containers: Mutex::default(),
             vm: OnceCell::new(),
@@ -97,6 +105,10 @@ impl Pod {
         self.containers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn ahead(&self) -> MutexGuard<'_, Option<Ahead>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `act` on a container, under the lock.
@@ -184,15 +196,34 @@ impl Pod {
         timeline: &Arc<Timeline>,
     ) -> Result<u32, Fault> {
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
-        let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
+        let bundle = Path::new(&request.bundle);
+        let index = self.next_container.fetch_add(1, Ordering::Relaxed);
+        let ahead = self.ahead().take();
+        let ahead = match ahead {
+            Some(ahead) if request.id == self.identity.id && ahead.is(bundle, &options) => {
+                Some(ahead)
+            }
+            Some(other) => {
+                log::info!("the microVM started ahead is not what is wanted: starting another");
+                other.cancel().await;
+                None
+            }
+            None => None,
+        };
+        let (config, spec, plan, vm) = match ahead {
+            Some(ahead) => (ahead.config, ahead.spec, ahead.plan, Some(ahead.vm)),
+            None => {
+                let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
+                let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
+                let prefix = format!("c{index}");
+                let plan = spec::rewrite(&mut spec, bundle, &request.id, &prefix)
+                    .map_err(Fault::invalid)?;
+                (config, spec, plan, None)
+            }
+        };
         if let Some(level) = config.log_level {
             log::set_max_level(level);
         }
-        let bundle = Path::new(&request.bundle);
-        let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
-        let prefix = format!("c{}", self.next_container.fetch_add(1, Ordering::Relaxed));
-        let plan =
-            spec::rewrite(&mut spec, bundle, &request.id, &prefix).map_err(Fault::invalid)?;
         let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
 
         // Mounts are made by a thread of their own, which begins before the VMM is started.
@@ -203,7 +234,7 @@ impl Pod {
                 timeline.mark("rootfs");
                 shares
             },
-            self.start_vm(config, &plan, timeline),
+            self.start_vm(config, &plan, vm, timeline),
         );
         let (vm, shares) = (vm?, shares?);
         for share in shares {
@@ -266,40 +297,53 @@ impl Pod {
     }
 
     /// Of a container's start: the first one's begins with the shim, another's with its creation.
-    fn timeline(&self) -> Arc<Timeline> {
+    pub(crate) fn timeline(&self) -> Arc<Timeline> {
         let first = self.vm().is_none() && self.containers().is_empty();
-        Arc::new(match first {
-            true => Timeline::since(self.identity.since_ns),
-            false => Timeline::new(),
+        match first {
+            true => self.first.clone(),
+            false => Arc::default(),
+        }
+    }
+
+    /// What the VM of a container with this plan is made of.
+    pub(crate) fn setup(
+        &self,
+        config: Config,
+        plan: &Plan,
+        timeline: &Arc<Timeline>,
+    ) -> Result<Setup, Fault> {
+        let cgroup = match &plan.cgroups_path {
+            Some(path) => cgroup::relative_path(path).map_err(Fault::invalid)?,
+            None => PathBuf::from(format!("husk-{}", self.identity.id)),
+        };
+        Ok(Setup {
+            scope: self.scope(&config, plan),
+            config,
+            network: plan.network.clone(),
+            cgroup,
+            oom_score_adj: plan.oom_score_adj.unwrap_or(0),
+            timeline: timeline.clone(),
         })
     }
 
-    /// The pod's VM, started if this is the first container.
+    /// The pod's VM, started if this is the first container; `ahead` is one on its way.
     async fn start_vm(
         self: &Arc<Self>,
         config: Config,
         plan: &Plan,
+        ahead: Option<JoinHandle<Result<Launched, Fault>>>,
         timeline: &Arc<Timeline>,
     ) -> Result<&Arc<Vm>, Fault> {
         let vm = self.vm.get_or_try_init(|| async {
-            let cgroup = match &plan.cgroups_path {
-                Some(path) => cgroup::relative_path(path).map_err(Fault::invalid)?,
-                None => PathBuf::from(format!("husk-{}", self.identity.id)),
+            let setup = self.setup(config, plan, timeline)?;
+            let launched = match ahead {
+                Some(ahead) => ahead.await.map_err(Fault::internal)?,
+                None => launch(&setup).await,
             };
-            let setup = Setup {
-                scope: self.scope(&config, plan),
-                config,
-                network: plan.network.clone(),
-                cgroup,
-                oom_score_adj: plan.oom_score_adj.unwrap_or(0),
-                timeline: timeline.clone(),
-            };
-            let Launched { vm, events, wanted } = launch(&setup).await?;
+            let Launched { vm, events, wanted } = launched?;
             *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) =
                 wanted.map(|wanted| (setup.config, wanted));
-            if let Err(e) = self.write_record(&vm) {
-                log::warn!("write the pod's record: {e}");
-            }
+            self.note(&vm);
             tokio::spawn(self.clone().follow(vm.clone(), events));
             Ok(vm)
         });
@@ -329,6 +373,13 @@ impl Pod {
         let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((config, wanted)) = wanted.take() {
             tokio::spawn(async move { background::order(&config, &wanted).await });
+        }
+    }
+
+    /// For whoever has to clean up, should we not live to do so.
+    pub(crate) fn note(&self, vm: &Vm) {
+        if let Err(e) = self.write_record(vm) {
+            log::warn!("write the pod's record: {e}");
         }
     }
 

@@ -6,11 +6,8 @@
 use std::{
     env,
     fs::{self, File},
-    io::{self, Read, Seek, Write},
-    os::{
-        fd::FromRawFd,
-        unix::{fs::OpenOptionsExt, process::CommandExt},
-    },
+    io::{self, Read},
+    os::unix::{fs::OpenOptionsExt, process::CommandExt},
     path::Path,
     process::{Child, Command, Stdio},
     time::{Duration, Instant, SystemTime},
@@ -26,6 +23,7 @@ use super::{
     store::Store,
 };
 use crate::{
+    ahead::in_memory,
     config::{Config, ConfigError},
     options::Options,
     ready,
@@ -142,20 +140,6 @@ fn spawn(config: &Config, scope: &Scope) -> io::Result<Child> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-}
-
-/// A file that nobody has to write to or wait for.
-fn in_memory(bytes: &[u8]) -> io::Result<File> {
-    // SAFETY: the name ends in NUL.
-    let fd = unsafe { libc::memfd_create(c"husk-order".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel just made this descriptor for us.
-    let mut file = unsafe { File::from_raw_fd(fd) };
-    file.write_all(bytes)?;
-    file.rewind()?;
-    Ok(file)
 }
 
 /// Returns at the end of a child, which is then still to be collected.

@@ -1,26 +1,31 @@
 //! Makes a template: boots a microVM without a pod, has its agent prepare what is the same for all
-//! clones, stops it and writes it down. Whatever fails, and whenever, leaves nothing behind.
+//! clones, stops it, writes it down, and tries whether it runs. Whatever fails, and whenever, leaves nothing behind.
 
 use std::{
     fs::File,
-    io,
+    io::{self, Write},
     mem::MaybeUninit,
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{AsFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     ptr,
+    sync::Arc,
     time::Duration,
 };
 
 use husk_proto::agent::PrepareRequest;
 use thiserror::Error;
-use tokio::{io::Interest, time::timeout};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
 use ttrpc::context;
 
 use super::{
     draft::Draft,
     gc::Limits,
-    key::{Ingredients, Key, Scope},
-    manifest::{MEMORY, STATE},
+    key::{Ingredients, Key, Scope, Stamp},
+    manifest::{MEMORY, PAGES, STATE},
+    pages,
     store::Store,
 };
 use crate::{
@@ -28,11 +33,12 @@ use crate::{
     config::Config,
     fault::Fault,
     launch::{self, Images},
+    machine::SavedImage,
     ready,
-    vm::Vm,
+    vm::{Vm, unanswered},
 };
 
-/// For a booted machine to be prepared and written down.
+/// For a booted machine to be prepared and written down, and for a clone to answer.
 const SAVED: Duration = Duration::from_secs(60);
 /// Where builders' cgroups are, below the root of cgroup v2.
 const CGROUPS: &str = "husk-template";
@@ -97,7 +103,7 @@ async fn build(config: &Config, scope: Scope) -> Result<Built, BuildError> {
             removed.map_err(in_store)?;
         }
     }
-    save(config, &draft, &key).await?;
+    make(config, &draft, &key).await?;
     if gather()?.key() != key {
         return Err(BuildError::Changed);
     }
@@ -111,22 +117,52 @@ async fn build(config: &Config, scope: Scope) -> Result<Built, BuildError> {
     Ok(Built::Made(key))
 }
 
-/// Writes a prepared machine into the draft. Its VMM is gone when this returns.
-async fn save(config: &Config, draft: &Draft<'_>, key: &Key) -> Result<(), BuildError> {
-    let store = |cause| BuildError::Store {
-        path: config.template_dir.clone(),
-        cause,
-    };
-    let memory = draft.file(MEMORY).map_err(store)?;
-    let state = draft.file(STATE).map_err(store)?;
+/// The host's side of the microVMs that a template takes.
+struct Builder<'a> {
+    config: &'a Config,
+    draft: &'a Draft<'a>,
+    cgroup: PathBuf,
+    kvm: OwnedFd,
+}
+
+/// Fills the draft: boots and saves a machine, then has a clone of it say hello, since what does not
+/// run is better found here than by a pod. No VMM is left when this returns.
+async fn make(config: &Config, draft: &Draft<'_>, key: &Key) -> Result<(), BuildError> {
     let interrupted = interruption().map_err(BuildError::Setup)?;
-    let cgroup = Path::new(CGROUPS).join(key.as_str());
-    let kvm = launch::open("KVM", Path::new("/dev/kvm"), true).map_err(BuildError::Machine)?;
-    let (vm, agent) = Vm::start(config, None, &cgroup, OOM_SCORE).map_err(BuildError::Machine)?;
-    let limit = config.agent_timeout + SAVED;
-    let outcome = tokio::select! {
-        saved = timeout(limit, prepare_and_save(&vm, config, &kvm, agent, &memory, &state)) => {
-            match saved {
+    let builder = Builder {
+        config,
+        draft,
+        cgroup: Path::new(CGROUPS).join(key.as_str()),
+        kvm: launch::open("KVM", Path::new("/dev/kvm"), true).map_err(BuildError::Machine)?,
+    };
+    let saved = builder.run(&interrupted, async |vm, agent| {
+        builder.save(vm, agent).await
+    });
+    let outcome = match saved.await {
+        Ok(()) => {
+            let tried = builder.run(&interrupted, async |vm, agent| {
+                builder.test(vm, agent).await
+            });
+            tried.await
+        }
+        Err(e) => Err(e),
+    };
+    remove_cgroup(key);
+    outcome
+}
+
+impl Builder<'_> {
+    /// Starts a VMM, and ends it once `work` is done with it, or when there is no more time.
+    async fn run(
+        &self,
+        interrupted: &AsyncFd<OwnedFd>,
+        work: impl AsyncFnOnce(&Arc<Vm>, OwnedFd) -> Result<(), Fault>,
+    ) -> Result<(), BuildError> {
+        let started = Vm::start(self.config, None, &self.cgroup, OOM_SCORE);
+        let (vm, agent) = started.map_err(BuildError::Machine)?;
+        let limit = self.config.agent_timeout + SAVED;
+        let outcome = tokio::select! {
+            done = timeout(limit, work(&vm, agent)) => match done {
                 Ok(Ok(())) => Ok(()),
                 Ok(Err(fault)) => {
                     vm.fail(fault.message).await;
@@ -135,36 +171,82 @@ async fn save(config: &Config, draft: &Draft<'_>, key: &Key) -> Result<(), Build
                     Err(BuildError::Machine(why))
                 }
                 Err(_) => Err(BuildError::Slow(limit)),
+            },
+            _ = interrupted.readable() => Err(BuildError::Interrupted),
+        };
+        vm.stop().await;
+        outcome
+    }
+
+    /// Boots, has the agent prepare, and writes the machine down.
+    async fn save(&self, vm: &Vm, agent: OwnedFd) -> Result<(), Fault> {
+        let file = |name| {
+            self.draft
+                .file(name)
+                .map_err(|e| in_draft("create", name, &e))
+        };
+        let (memory, state) = (file(MEMORY)?, file(STATE)?);
+        let images = Images::open(self.config)?;
+        launch::boot_vm(vm, self.config, &self.kvm, &images, &agent).await?;
+        drop((images, agent));
+        let limit = self.config.agent_timeout;
+        let request = PrepareRequest::default();
+        let prepared = vm.agent.prepare(context::Context::default(), &request);
+        match timeout(limit, prepared).await {
+            Ok(prepared) => prepared.map_err(|e| Fault::of_call("prepare the guest", e))?,
+            Err(_) => return Err(Fault::internal(unanswered("agent", limit))),
+        };
+        vm.machine.pause().await?;
+        vm.machine.save(&memory, &state).await
+    }
+
+    /// Restores what was saved, and notes the pages that it took to answer.
+    async fn test(&self, vm: &Arc<Vm>, agent: OwnedFd) -> Result<(), Fault> {
+        let file = |name| {
+            self.draft
+                .open(name)
+                .map_err(|e| in_draft("open", name, &e))
+        };
+        let (memory, state) = (file(MEMORY)?, file(STATE)?);
+        let image = SavedImage {
+            kvm: self.kvm.as_fd(),
+            memory: memory.as_fd(),
+            state: state.as_fd(),
+            pages: None,
+            agent: agent.as_fd(),
+        };
+        let restored = vm.machine.restore(image).await;
+        restored.map_err(|e| Fault::internal(format_args!("try the new template: {e}")))?;
+        drop(agent);
+        vm.booting();
+        let _events = vm.bring_up(self.config.agent_timeout, Arc::default());
+        vm.ready().await?;
+        vm.machine.pause().await?;
+        let noted = memory
+            .metadata()
+            .and_then(|found| pages::touched(vm.pid, &Stamp::from(&found)));
+        match noted {
+            Ok(runs) if runs.is_empty() => Ok(()),
+            Ok(runs) => {
+                let mut file = file_of_pages(self.draft)?;
+                let written = file.write_all(&pages::encode(&runs));
+                written.map_err(|e| in_draft("write", PAGES, &e))
+            }
+            // Clones go without.
+            Err(e) => {
+                log::debug!("the pages that a start touches: {e}");
+                Ok(())
             }
         }
-        _ = interrupted.readable() => Err(BuildError::Interrupted),
-    };
-    vm.stop().await;
-    remove_cgroup(key);
-    outcome
+    }
 }
 
-async fn prepare_and_save(
-    vm: &Vm,
-    config: &Config,
-    kvm: &OwnedFd,
-    agent: OwnedFd,
-    memory: &File,
-    state: &File,
-) -> Result<(), Fault> {
-    let images = Images::open(config)?;
-    launch::boot_vm(vm, config, kvm, &images, &agent).await?;
-    drop(images);
-    drop(agent);
-    let limit = config.agent_timeout;
-    let request = PrepareRequest::default();
-    let prepared = vm.agent.prepare(context::Context::default(), &request);
-    match timeout(limit, prepared).await {
-        Ok(prepared) => prepared.map_err(|e| Fault::of_call("prepare the guest", e))?,
-        Err(_) => return Err(Fault::internal(crate::vm::unanswered("agent", limit))),
-    };
-    vm.machine.pause().await?;
-    vm.machine.save(memory, state).await
+fn file_of_pages(draft: &Draft<'_>) -> Result<File, Fault> {
+    draft.file(PAGES).map_err(|e| in_draft("create", PAGES, &e))
+}
+
+fn in_draft(what: &str, name: &str, cause: &io::Error) -> Fault {
+    Fault::internal(format_args!("{what} the template's {name}: {cause}"))
 }
 
 /// Removes the cgroup that a template's VMM was in, if none is left in it.
@@ -177,7 +259,7 @@ pub(super) fn remove_cgroup(key: &Key) {
 }
 
 /// Becomes readable when somebody wants us to end. They are not delivered otherwise any more.
-fn interruption() -> io::Result<tokio::io::unix::AsyncFd<OwnedFd>> {
+fn interruption() -> io::Result<AsyncFd<OwnedFd>> {
     let mut signals = MaybeUninit::uninit();
     // SAFETY: sigemptyset(3) makes the set that the others add to and read; nothing else is touched.
     let fd = unsafe {

@@ -84,6 +84,11 @@ impl<'a> Draft<'a> {
             .open(self.path.join(name))
     }
 
+    /// A file of it, read-only, as a pod's VMM would get it.
+    pub fn open(&self, name: &str) -> io::Result<File> {
+        File::open(self.path.join(name))
+    }
+
     /// Makes it a template, for all to see at once. Nobody may have its files open for writing any
     /// more. One that is there already, and fit, stays; an unfit one goes.
     pub fn publish(mut self, made_of: Ingredients) -> io::Result<()> {

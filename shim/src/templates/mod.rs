@@ -7,7 +7,8 @@
 //! store        /var/lib/husk/templates: found, checked and opened; published; removed
 //! draft        a template in the making, and the lock on that
 //! gc           what is left over, outdated, or more than the space allows
-//! build        boots, prepares, saves, publishes
+//! build        boots, prepares, saves, tries, publishes
+//! pages        which pages every start touches
 //! background   the build that a cold start asks for
 //! command      husk template build|ls|rm|gc
 //! ```
@@ -21,6 +22,7 @@ pub mod draft;
 pub mod gc;
 pub mod key;
 pub mod manifest;
+mod pages;
 pub mod store;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,7 @@
 //! A stand-in for husk-vmm and the guest in it, so that the whole shim can be tried without KVM: it
 //! speaks both contracts, and runs "containers" as plain processes of the host. What the kernel file
 //! says is how its boot goes: `silent`, `panic`, `die`, or anything else for well. Words in it say how
-//! templates go: `save-fails`, `prepare-fails`, `save-hangs` for their making, and `clone-unfit`,
+//! templates go: `save-fails`, `prepare-fails`, `save-hangs`, `try-fails` for their making, and `clone-unfit`,
 //! `clone-fails`, `clone-dies`, `clone-silent`, `clone-vanishes` for what is made of them.
 
 use std::{
@@ -236,11 +236,24 @@ impl machine_ttrpc::Machine for Vmm {
         let mut memory = std::fs::File::from(self.take(r.memory_fd).await);
         let mut state = std::fs::File::from(self.take(r.state_fd).await);
         let agent = UnixStream::from(self.take(r.agent_fd).await);
-        assert_eq!(r.pages_fd, 0);
-        if peek(&state).contains("clone-vanishes") {
+        let place = std::fs::read_link(format!("/proc/self/fd/{}", state.as_raw_fd()));
+        let place = place.unwrap().parent().unwrap().to_owned();
+        // A template that is tried before it is published; what is wrong shows later.
+        let tried = place.to_str().unwrap().contains("/.new-");
+        if tried {
+            assert_eq!(r.pages_fd, 0);
+            touch(&memory);
+        } else {
+            let mut pages = [0; 16];
+            let mut file = std::fs::File::from(self.take(r.pages_fd).await);
+            file.read_exact(&mut pages).unwrap();
+            assert_eq!(
+                pages,
+                [0, 0x30, 0, 0, 0, 0, 0, 0, 1, 0x10, 0, 0, 0, 0, 0, 0]
+            );
+        }
+        if !tried && peek(&state).contains("clone-vanishes") {
             // Under our feet: whoever holds the descriptors has the template all the same.
-            let place = std::fs::read_link(format!("/proc/self/fd/{}", state.as_raw_fd()));
-            let place = place.unwrap().parent().unwrap().to_owned();
             std::fs::remove_file(place.join("state")).unwrap();
             std::fs::rename(&place, place.with_file_name(".old-by-test")).unwrap();
         }
@@ -248,6 +261,12 @@ impl machine_ttrpc::Machine for Vmm {
         memory.read_to_end(&mut pages).unwrap();
         state.read_to_string(&mut said).unwrap();
         assert!(pages.starts_with(MEMORY));
+        if tried && !said.contains("try-fails") {
+            said.clear();
+        }
+        if said.contains("try-fails") {
+            return refuse(Code::INVALID_ARGUMENT, "state_fd: of another machine");
+        }
         if said.contains("clone-unfit") {
             return refuse(Code::INVALID_ARGUMENT, "state_fd: wrong checksum");
         }
@@ -330,6 +349,18 @@ impl machine_ttrpc::Machine for Vmm {
             console: b"line one\nKernel panic - not syncing: no init\n".to_vec(),
             ..machine::WaitResponse::default()
         })
+    }
+}
+
+/// Writes to the fourth page of guest memory, and reads nothing.
+fn touch(memory: &std::fs::File) {
+    // SAFETY: a new mapping of a file of 1 MiB, kept for as long as this process lives.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (fd, private) = (memory.as_raw_fd(), libc::MAP_PRIVATE);
+        let at = libc::mmap(std::ptr::null_mut(), 1 << 20, protection, private, fd, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast::<u8>().add(3 * 4096).write_volatile(1);
     }
 }
 

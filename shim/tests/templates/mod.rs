@@ -316,6 +316,10 @@ pub(crate) async fn a_build_that_fails_leaves_nothing_and_is_not_repeated() {
             "prepare-fails",
             "prepare the guest: mount /sys/fs/cgroup: EINVAL",
         ),
+        (
+            "try-fails",
+            "try the new template: the VMM refuses it: state_fd: of another machine",
+        ),
     ] {
         let host = host(kernel).await;
         let task = host.0.start("c1", &["sleep", "60"], &[]).await;

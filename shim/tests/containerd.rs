@@ -290,6 +290,7 @@ impl Host {
         for path in [
             PathBuf::from(format!("/run/husk/{}", self.namespace)),
             PathBuf::from(format!("/sys/fs/cgroup/{}", self.namespace)),
+            PathBuf::from(format!("/sys/fs/cgroup/unified/{}", self.namespace)),
             PathBuf::from(address.trim_start_matches("unix://")),
         ] {
             if path.exists() {
@@ -796,11 +797,7 @@ async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
     let task = host.start("c3", &["true"], &[]).await;
     let connect = ConnectRequest::default();
     let shim = task.client.connect(soon(), &connect).await;
-    let cgroup = PathBuf::from(format!("/sys/fs/cgroup/{}/c3", host.namespace));
     let vm = || fs::read_to_string(format!("/run/husk/{}/c3/record.json", host.namespace));
-    while Path::new("/sys/fs/cgroup/cgroup.procs").exists() && !cgroup.exists() {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
     while !vm().is_ok_and(|record| record.contains("vmm")) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

@@ -12,6 +12,8 @@ pub enum Action {
     Delete,
     /// Our own: the long-lived process that `start` leaves behind.
     Serve,
+    /// Our own: builds a template that a cold start has missed. The rest is on stdin.
+    BuildTemplate,
     Version,
     Info,
 }
@@ -29,6 +31,8 @@ pub struct Invocation {
     /// Where `delete` finds the bundle; otherwise the working directory is it.
     pub bundle: Option<PathBuf>,
     pub debug: bool,
+    /// In serve mode, when the shim was executed first, nanoseconds of CLOCK_MONOTONIC; 0 unknown.
+    pub since_ns: u64,
 }
 
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -62,6 +66,7 @@ impl Invocation {
             address: String::new(),
             bundle: None,
             debug: false,
+            since_ns: 0,
         };
         let mut action = None;
         while let Some(arg) = args.next() {
@@ -70,6 +75,7 @@ impl Invocation {
                     "start" => Action::Start,
                     "delete" => Action::Delete,
                     "serve" => Action::Serve,
+                    "build-template" => Action::BuildTemplate,
                     _ => return Err(ArgsError::UnknownAction(arg)),
                 });
                 continue;
@@ -83,7 +89,7 @@ impl Invocation {
                 "v" | "version" => action = Some(Action::Version),
                 "info" => action = Some(Action::Info),
                 "debug" => invocation.debug = value.as_deref() != Some("false"),
-                "namespace" | "id" | "address" | "publish-binary" | "bundle" => {
+                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "since" => {
                     let value = value
                         .or_else(|| args.next())
                         .ok_or_else(|| ArgsError::MissingValue(arg.clone()))?;
@@ -92,6 +98,7 @@ impl Invocation {
                         "id" => invocation.id = value,
                         "address" => invocation.address = value,
                         "bundle" => invocation.bundle = Some(value.into()),
+                        "since" => invocation.since_ns = value.parse().unwrap_or(0),
                         // The publish binary: our events go by ttrpc.
                         _ => {}
                     }
@@ -100,7 +107,10 @@ impl Invocation {
             }
         }
         invocation.action = action.ok_or(ArgsError::NoAction)?;
-        if matches!(invocation.action, Action::Version | Action::Info) {
+        if matches!(
+            invocation.action,
+            Action::Version | Action::Info | Action::BuildTemplate
+        ) {
             return Ok(invocation);
         }
         for (flag, value) in [

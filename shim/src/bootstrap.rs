@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     address::{self, Bound, SOCKETS},
+    ahead,
     args::Invocation,
     record::{self, ProcessId, RECORDS, Record},
     spec,
@@ -74,19 +75,22 @@ fn write_address(answer: &str) -> std::io::Result<()> {
     fs::rename(".address", "address")
 }
 
-/// Executes ourselves in serve mode, with the socket as stdin and nothing of `start`'s output.
+/// Executes ourselves in serve mode, with the socket as stdin, the runtime options to be read from
+/// stdout, and nothing of `start`'s output.
 fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<u32> {
     let name = env::args_os()
         .next()
         .unwrap_or_else(|| "containerd-shim-husk-v2".into());
+    let options = ahead::pass_options().context("pass on the runtime options")?;
     // Not by path: an upgrade may be replacing the file right now.
     let mut command = Command::new("/proc/self/exe");
     command
         .arg0(name)
         .args(["-namespace", &invocation.namespace, "-id", group])
         .args(["-address", &invocation.address])
+        .args(["-since", &invocation.since_ns.to_string()])
         .stdin(Stdio::from(listener))
-        .stdout(Stdio::null())
+        .stdout(Stdio::from(options))
         .stderr(Stdio::null());
     if invocation.debug {
         command.arg("-debug");

@@ -112,6 +112,7 @@ mod tests {
             address: String::new(),
             bundle: Some(bundle.to_owned()),
             debug: false,
+            since_ns: 0,
         }
     }
 

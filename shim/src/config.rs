@@ -8,7 +8,7 @@ use std::{
 };
 
 use log::LevelFilter;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::options::Options;
@@ -21,8 +21,35 @@ const MEMORY_MIB_MIN: u64 = 64;
 const MEMORY_MIB_MAX: u64 = 64 * 1024;
 /// vCPUs of one pod at most (machine.proto).
 const VCPUS_MAX: u32 = 64;
+/// Where templates lie by default.
+const TEMPLATES: &str = "/var/lib/husk/templates";
+/// Disk space of all templates by default, MiB.
+const TEMPLATE_SPACE_MIB: u64 = 1024;
+/// As much as anybody may ask for, MiB.
+const TEMPLATE_SPACE_MIB_MAX: u64 = 1 << 20;
 /// Bytes of a configuration file at most.
 const FILE_LIMIT: u64 = 1 << 20;
+
+/// Which pods start as clones of one template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// None: every pod boots.
+    Off,
+    /// Those of a namespace.
+    Namespace,
+    /// All of the host.
+    Node,
+}
+
+impl Sharing {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Namespace => "namespace",
+            Self::Node => "node",
+        }
+    }
+}
 
 /// A complete, checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +66,11 @@ pub struct Config {
     /// From the VMM's start to the agent's first word.
     pub agent_timeout: Duration,
     pub log_level: Option<LevelFilter>,
+    pub templates: Sharing,
+    /// On a file system of the host's own; need not exist.
+    pub template_dir: PathBuf,
+    /// Disk space of all templates together, MiB.
+    pub template_space_mib: u64,
 }
 
 #[derive(Debug, Error)]
@@ -54,11 +86,13 @@ pub enum ConfigError {
         value: String,
         reason: String,
     },
+    #[error("write the configuration down: {0}")]
+    Write(String),
     #[error("find husk's own directory by /proc/self/exe: {0}")]
     Prefix(io::Error),
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
     vmm: Option<PathBuf>,
@@ -69,6 +103,9 @@ struct Table {
     cmdline: Option<String>,
     agent_timeout_ms: Option<u64>,
     log_level: Option<String>,
+    templates: Option<String>,
+    template_dir: Option<PathBuf>,
+    template_space_mib: Option<u64>,
 }
 
 impl Config {
@@ -101,7 +138,29 @@ impl Config {
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),
             log_level: None,
+            templates: Sharing::Namespace,
+            template_dir: TEMPLATES.into(),
+            template_space_mib: TEMPLATE_SPACE_MIB,
         }
+    }
+
+    /// The same as a configuration file, for a process that builds a template for this one. Without
+    /// `log_level`, which is for pods.
+    pub fn to_toml(&self) -> Result<String, ConfigError> {
+        let table = Table {
+            vmm: Some(self.vmm.clone()),
+            kernel: Some(self.kernel.clone()),
+            initrd: Some(self.initrd.clone()),
+            memory_mib: Some(self.memory_mib),
+            vcpus: Some(self.vcpus),
+            cmdline: Some(self.cmdline.clone()),
+            agent_timeout_ms: u64::try_from(self.agent_timeout.as_millis()).ok(),
+            log_level: None,
+            templates: Some(self.templates.name().into()),
+            template_dir: Some(self.template_dir.clone()),
+            template_space_mib: Some(self.template_space_mib),
+        };
+        basic_toml::to_string(&table).map_err(|e| ConfigError::Write(e.to_string()))
     }
 
     fn apply(&mut self, text: &str, origin: &str) -> Result<(), ConfigError> {
@@ -121,6 +180,7 @@ impl Config {
             ("vmm", &mut self.vmm, table.vmm),
             ("kernel", &mut self.kernel, table.kernel),
             ("initrd", &mut self.initrd, table.initrd),
+            ("template_dir", &mut self.template_dir, table.template_dir),
         ] {
             if let Some(path) = from {
                 if !path.is_absolute() {
@@ -173,6 +233,21 @@ impl Config {
                 return refuse("log_level", format!("{level:?}"), reason);
             };
             self.log_level = Some(parsed);
+        }
+        if let Some(sharing) = table.templates {
+            let known = [Sharing::Off, Sharing::Namespace, Sharing::Node];
+            let Some(known) = known.into_iter().find(|known| known.name() == sharing) else {
+                let reason = "must be off, namespace or node".into();
+                return refuse("templates", format!("{sharing:?}"), reason);
+            };
+            self.templates = known;
+        }
+        if let Some(mib) = table.template_space_mib {
+            if !(1..=TEMPLATE_SPACE_MIB_MAX).contains(&mib) {
+                let reason = format!("must be 1 to {TEMPLATE_SPACE_MIB_MAX}");
+                return refuse("template_space_mib", mib.to_string(), reason);
+            }
+            self.template_space_mib = mib;
         }
         Ok(())
     }
@@ -240,6 +315,15 @@ mod tests {
     }
 
     #[test]
+    fn comes_back_from_its_own_toml() {
+        let body = "memory_mib = 128\nkernel = \"/a \\\"b\\\"/ü\"\ntemplates = \"node\"\n\
+                    template_space_mib = 7\ntemplate_dir = \"/t\"\ncmdline = \"a='b' \\\\\"\n";
+        let config = load(None, body).unwrap();
+        assert_eq!(config.templates, Sharing::Node);
+        assert_eq!(load(None, &config.to_toml().unwrap()).unwrap(), config);
+    }
+
+    #[test]
     fn an_unknown_key_is_named_with_its_file() {
         let error = load(Some("memroy_mib = 512\n"), "")
             .unwrap_err()
@@ -266,6 +350,10 @@ mod tests {
             ("agent_timeout_ms = 0", "agent_timeout_ms"),
             ("log_level = \"loud\"", "log_level"),
             ("memory_mib = \"much\"", "memory_mib"),
+            ("templates = \"all\"", "templates = \"all\""),
+            ("templates = true", "templates"),
+            ("template_dir = \"t\"", "template_dir"),
+            ("template_space_mib = 0", "template_space_mib = 0"),
         ] {
             let error = load(Some(text), "").unwrap_err().to_string();
             assert!(

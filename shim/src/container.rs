@@ -1,7 +1,7 @@
 //! One container of a pod: its processes, and the order in which their ends are told. Plain state,
 //! owned by the pod; nothing here waits or calls anybody.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use containerd_shim_protos::events::task::TaskExit;
 
@@ -9,6 +9,7 @@ use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
     process::{Exit, KILLED_STATUS, Process},
+    timeline::Timeline,
 };
 
 /// A container that containerd knows, or is about to.
@@ -27,6 +28,8 @@ pub struct Container {
     pub paused: bool,
     /// A `Delete` is on its way.
     pub deleting: bool,
+    /// Of its start.
+    pub timeline: Arc<Timeline>,
     /// The init's end, kept until every exec has ended: containerd hears of it last.
     held: Option<Exit>,
 }
@@ -43,6 +46,7 @@ impl Container {
             shares: Vec::new(),
             paused: false,
             deleting: false,
+            timeline: Arc::default(),
             held: None,
         }
     }

@@ -37,6 +37,9 @@ impl Pod {
                     "container {id} has ended"
                 )));
             }
+            if exec.is_empty() {
+                container.timeline.mark("start");
+            }
             container.process_mut(exec)?.start()
         })?;
         let request = api::StartRequest {
@@ -61,6 +64,14 @@ impl Pod {
         self.with(id, |container| {
             let pid = container.pid;
             let container_id = id.to_owned();
+            if exec.is_empty() && answer.is_ok() {
+                container.timeline.mark("started");
+                log::info!(
+                    "start of {id}, in ms since the shim: {}",
+                    container.timeline
+                );
+                self.order_template();
+            }
             let process = container.process_mut(exec)?;
             if let Err(fault) = answer {
                 process.start_failed();

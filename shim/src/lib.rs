@@ -1,18 +1,24 @@
 //! The shim: it knows containerd and the host, and drives the VMM and the agent by their contracts.
 //!
-//! The binary `containerd-shim-husk-v2` is exec'ed three times in the life of a pod:
+//! The binary `containerd-shim-husk-v2` is exec'ed three times in the life of a pod, and once more
+//! where there is no template for it yet:
 //!
 //! ```text
 //! start   args, address, bootstrap     binds the socket, leaves `serve` behind, prints the address
 //! serve   serve, task                  the process of the pod: speaks task v2 and v3 to containerd
-//!           pod, process, stdio          what runs in the pod, and its bytes
+//!           pod, control, ending         what runs in the pod, from its creation to its end
+//!           process, stdio               its processes and their bytes
+//!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
+//!                                        booting
 //!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
 //!           spec, shares, mount          what of the host the guest gets to see
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
+//! build-template  templates            makes the template that a cold start has missed
 //! ```
 
 pub mod address;
+pub mod ahead;
 pub mod args;
 pub mod bootstrap;
 pub mod cgroup;
@@ -21,8 +27,10 @@ pub mod cleanup;
 pub mod config;
 pub mod container;
 pub mod control;
+pub mod ending;
 pub mod events;
 pub mod fault;
+pub mod launch;
 pub mod logger;
 pub mod machine;
 pub mod mount;
@@ -38,6 +46,8 @@ pub mod spec;
 pub mod stats;
 pub mod stdio;
 pub mod task;
+pub mod templates;
+pub mod timeline;
 pub mod untrusted;
 pub mod vm;
 pub mod vmm;

@@ -4,7 +4,7 @@
 use std::{
     io, mem,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream as StdUnixStream,
     },
     ptr,
@@ -13,17 +13,19 @@ use std::{
 };
 
 use husk_proto::{machine as api, machine_ttrpc::MachineClient};
+use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::UnixStream,
     time::timeout,
 };
 use ttrpc::{
+    Code,
     r#async::{Client, transport::Socket},
     context,
 };
 
-use crate::{config::Config, fault::Fault, ready, shares::Share};
+use crate::{config::Config, fault::Fault, ready, shares::Share, untrusted};
 
 /// For any request that the VMM can answer by itself.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -42,12 +44,35 @@ pub struct RemoteEnds {
 }
 
 /// What the VMM boots from. It keeps none of the paths.
-pub struct BootImage {
-    pub kvm: OwnedFd,
-    pub kernel: OwnedFd,
-    pub initrd: OwnedFd,
+#[derive(Clone, Copy)]
+pub struct BootImage<'a> {
+    pub kvm: BorrowedFd<'a>,
+    pub kernel: BorrowedFd<'a>,
+    pub initrd: BorrowedFd<'a>,
     /// Joined to the agent's connection.
-    pub agent: OwnedFd,
+    pub agent: BorrowedFd<'a>,
+}
+
+/// What the VMM restores a saved machine from.
+#[derive(Clone, Copy)]
+pub struct SavedImage<'a> {
+    pub kvm: BorrowedFd<'a>,
+    pub memory: BorrowedFd<'a>,
+    pub state: BorrowedFd<'a>,
+    pub pages: Option<BorrowedFd<'a>>,
+    /// Joined to the agent's connection.
+    pub agent: BorrowedFd<'a>,
+}
+
+/// Why a saved machine was not restored.
+#[derive(Debug, Error)]
+pub enum RestoreError {
+    /// It is damaged, or not for this host.
+    #[error("the VMM refuses it: {0}")]
+    Unfit(String),
+    /// Nothing is known against it.
+    #[error("{0}")]
+    Failed(Fault),
 }
 
 impl Machine {
@@ -70,7 +95,7 @@ impl Machine {
     }
 
     /// Boots; returns once the vCPUs run. The caller sets the limit.
-    pub async fn boot(&self, config: &Config, image: BootImage) -> Result<(), Fault> {
+    pub async fn boot(&self, config: &Config, image: BootImage<'_>) -> Result<(), Fault> {
         let request = api::BootRequest {
             kvm_fd: self.send(&image.kvm).await?,
             kernel_fd: self.send(&image.kernel).await?,
@@ -81,13 +106,69 @@ impl Machine {
             cmdline: config.cmdline.clone(),
             ..api::BootRequest::default()
         };
-        // The VMM's copy is the only one: with it, our connection to the agent ends.
-        drop(image);
         let answer = self
             .client
             .boot(context::Context::default(), &request)
             .await;
         answer.map_err(|e| Fault::of_call("boot the microVM", e))?;
+        Ok(())
+    }
+
+    /// Restores what [`Self::save`] wrote; returns once the vCPUs run. The caller sets the limit.
+    /// After a failure the VMM may still boot.
+    pub async fn restore(&self, image: SavedImage<'_>) -> Result<(), RestoreError> {
+        let request = self.restore_request(image).await;
+        let request = request.map_err(RestoreError::Failed)?;
+        let answer = self
+            .client
+            .restore(context::Context::default(), &request)
+            .await;
+        match answer {
+            Ok(_) => Ok(()),
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::INVALID_ARGUMENT => {
+                let reason = untrusted::message(status.message());
+                Err(RestoreError::Unfit(reason))
+            }
+            Err(e) => Err(RestoreError::Failed(Fault::of_call("restore it", e))),
+        }
+    }
+
+    async fn restore_request(&self, image: SavedImage<'_>) -> Result<api::RestoreRequest, Fault> {
+        Ok(api::RestoreRequest {
+            kvm_fd: self.send(&image.kvm).await?,
+            memory_fd: self.send(&image.memory).await?,
+            state_fd: self.send(&image.state).await?,
+            agent_fd: self.send(&image.agent).await?,
+            pages_fd: match &image.pages {
+                Some(pages) => self.send(pages).await?,
+                None => 0,
+            },
+            ..api::RestoreRequest::default()
+        })
+    }
+
+    /// Stops the vCPUs.
+    pub async fn pause(&self) -> Result<(), Fault> {
+        let answer = self
+            .client
+            .pause(limited(), &api::PauseRequest::default())
+            .await;
+        answer.map_err(|e| Fault::of_call("pause the microVM", e))?;
+        Ok(())
+    }
+
+    /// Writes a paused machine to two empty files. The caller sets the limit.
+    pub async fn save(&self, memory: impl AsFd, state: impl AsFd) -> Result<(), Fault> {
+        let request = api::SaveRequest {
+            memory_fd: self.send(memory).await?,
+            state_fd: self.send(state).await?,
+            ..api::SaveRequest::default()
+        };
+        let answer = self
+            .client
+            .save(context::Context::default(), &request)
+            .await;
+        answer.map_err(|e| Fault::of_call("save the microVM", e))?;
         Ok(())
     }
 

@@ -8,6 +8,8 @@ use husk_shim::{
     RUNTIME, VERSION,
     args::{Action, Invocation},
     bootstrap, cleanup, serve,
+    templates::background,
+    timeline,
 };
 use protobuf::{Message, MessageField};
 
@@ -23,11 +25,16 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let invocation = Invocation::parse(env::args().skip(1))?;
+    let begun = timeline::monotonic_ns();
+    let mut invocation = Invocation::parse(env::args().skip(1))?;
+    if invocation.since_ns == 0 {
+        invocation.since_ns = begun;
+    }
     let answer = match invocation.action {
         Action::Start => bootstrap::start(&invocation)?.into_bytes(),
         Action::Delete => cleanup::delete(&invocation)?,
         Action::Serve => return serve::run(&invocation),
+        Action::BuildTemplate => return background::run(),
         Action::Version => format!("containerd-shim-husk-v2 {VERSION}\n").into_bytes(),
         Action::Info => info()?,
     };

@@ -1,6 +1,6 @@
 //! The pod: one microVM and the containers in it, from the first `Create` to `Shutdown`.
 //!
-//! What containerd may ask of a container that exists is in `control`. State is behind one lock,
+//! What containerd may ask of a container that exists is in `control`, its end in `ending`. State is behind one lock,
 //! which is taken for lines and never across a wait; events are queued under it, so containerd hears
 //! of things in the order in which they became true here.
 
@@ -12,35 +12,40 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use containerd_shim_protos::{
-    api::{CreateTaskRequest, DeleteResponse},
-    events::task::{TaskCreate, TaskDelete, TaskIO, TaskOOM},
+    api::CreateTaskRequest,
+    events::task::{TaskCreate, TaskIO, TaskOOM},
 };
 use husk_proto::agent as api;
 use protobuf::MessageField;
 use tokio::{
     sync::{Notify, OnceCell, mpsc},
+    task::JoinHandle,
     time::{sleep, timeout},
 };
 use ttrpc::{Code, context};
 
 use crate::{
+    ahead::Ahead,
     args::is_identifier,
     cgroup,
-    config::{CONFIG, Config},
+    config::{CONFIG, Config, Sharing},
     container::Container,
-    events::{Publisher, TaskEvent, timestamp},
+    events::{Publisher, TaskEvent},
     fault::Fault,
+    launch::{Launched, Setup, launch},
     options::Options,
     process::{Exit, Process},
     record::{self, ProcessId, RECORDS, Record},
     shares,
     spec::{self, Plan},
     stdio::{self, Paths},
-    vm::{GuestEvent, Setup, Vm},
+    templates::{Ingredients, Scope, background},
+    timeline::Timeline,
+    vm::{GuestEvent, Vm},
 };
 
 /// For the agent to answer anything.
@@ -48,9 +53,7 @@ pub const ANSWER: Duration = Duration::from_secs(60);
 /// Output may take this long to be read once its process has ended (as with runc).
 pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 /// Execs get this long to end after their init.
-const STRAGGLERS: Duration = Duration::from_secs(5);
-/// A shim without containers waits this long to be told to shut down.
-const LINGER: Duration = Duration::from_secs(20);
+pub(crate) const STRAGGLERS: Duration = Duration::from_secs(5);
 
 /// Who this pod is.
 #[derive(Clone, Debug)]
@@ -60,13 +63,21 @@ pub struct Identity {
     pub id: String,
     /// Our own socket.
     pub socket: PathBuf,
+    /// When the shim was executed, nanoseconds of CLOCK_MONOTONIC.
+    pub since_ns: u64,
 }
 
 /// Everything this shim serves.
 pub struct Pod {
-    identity: Identity,
+    pub(crate) identity: Identity,
     containers: Mutex<HashMap<String, Container>>,
     vm: OnceCell<Arc<Vm>>,
+    /// The first container's VM, as long as nobody has asked for it.
+    ahead: Mutex<Option<Ahead>>,
+    /// Of the first container's start.
+    first: Arc<Timeline>,
+    /// The template that its VM could not start from, to be built once there is time for it.
+    wanted: Mutex<Option<(Config, Ingredients)>>,
     events: Publisher,
     next_stream: AtomicU64,
     next_container: AtomicU64,
@@ -77,9 +88,12 @@ pub struct Pod {
 impl Pod {
     pub fn new(identity: Identity, events: Publisher) -> Arc<Self> {
         Arc::new(Self {
+            first: Arc::new(Timeline::since(identity.since_ns)),
+            ahead: Mutex::default(),
             identity,
             containers: Mutex::default(),
             vm: OnceCell::new(),
+            wanted: Mutex::default(),
             events,
             next_stream: AtomicU64::new(1),
             next_container: AtomicU64::new(0),
@@ -91,6 +105,10 @@ impl Pod {
         self.containers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn ahead(&self) -> MutexGuard<'_, Option<Ahead>> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `act` on a container, under the lock.
@@ -151,6 +169,8 @@ impl Pod {
             stderr: request.stderr.clone(),
             terminal: request.terminal,
         };
+        let timeline = self.timeline();
+        timeline.mark("create");
         {
             let mut containers = self.containers();
             if containers.contains_key(&request.id) {
@@ -158,10 +178,11 @@ impl Pod {
                 return Err(Fault::new(Code::ALREADY_EXISTS, message));
             }
             let init = Process::creating(paths.clone());
-            let container = Container::new(&request.id, &request.bundle, init);
+            let mut container = Container::new(&request.id, &request.bundle, init);
+            container.timeline = timeline.clone();
             containers.insert(request.id.clone(), container);
         }
-        let created = self.create_reserved(&request, &paths).await;
+        let created = self.create_reserved(&request, &paths, &timeline).await;
         if created.is_err() {
             self.abandon(&request.id).await;
         }
@@ -172,27 +193,50 @@ impl Pod {
         self: &Arc<Self>,
         request: &CreateTaskRequest,
         paths: &Paths,
+        timeline: &Arc<Timeline>,
     ) -> Result<u32, Fault> {
-        let begun = Instant::now();
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
-        let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
+        let bundle = Path::new(&request.bundle);
+        let index = self.next_container.fetch_add(1, Ordering::Relaxed);
+        let ahead = self.ahead().take();
+        let ahead = match ahead {
+            Some(ahead) if request.id == self.identity.id && ahead.is(bundle, &options) => {
+                Some(ahead)
+            }
+            Some(other) => {
+                log::info!("the microVM started ahead is not what is wanted: starting another");
+                other.cancel().await;
+                None
+            }
+            None => None,
+        };
+        let (config, spec, plan, vm) = match ahead {
+            Some(ahead) => (ahead.config, ahead.spec, ahead.plan, Some(ahead.vm)),
+            None => {
+                let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
+                let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
+                let prefix = format!("c{index}");
+                let plan = spec::rewrite(&mut spec, bundle, &request.id, &prefix)
+                    .map_err(Fault::invalid)?;
+                (config, spec, plan, None)
+            }
+        };
         if let Some(level) = config.log_level {
             log::set_max_level(level);
         }
-        let bundle = Path::new(&request.bundle);
-        let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
-        let prefix = format!("c{}", self.next_container.fetch_add(1, Ordering::Relaxed));
-        let plan =
-            spec::rewrite(&mut spec, bundle, &request.id, &prefix).map_err(Fault::invalid)?;
         let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
 
-        let (vm, shares) = tokio::join!(self.start_vm(config, &plan), async {
-            shares::prepare(plan.clone(), request.rootfs.clone())
-                .await
-                .map_err(Fault::invalid)
-        });
+        // Mounts are made by a thread of their own, which begins before the VMM is started.
+        let shares = shares::prepare(plan.clone(), request.rootfs.clone());
+        let (shares, vm) = tokio::join!(
+            async {
+                let shares = shares.await.map_err(Fault::invalid);
+                timeline.mark("rootfs");
+                shares
+            },
+            self.start_vm(config, &plan, vm, timeline),
+        );
         let (vm, shares) = (vm?, shares?);
-        let mounted = begun.elapsed();
         for share in shares {
             self.with(&request.id, |container| {
                 container.shares.push(share.name.clone());
@@ -203,7 +247,6 @@ impl Pod {
             }
         }
         vm.ready().await?;
-        let ready = begun.elapsed();
 
         let create = api::CreateContainerRequest {
             container_id: request.id.clone(),
@@ -249,33 +292,58 @@ impl Pod {
             }
             Ok(())
         })?;
-        log::info!(
-            "container {} created: mounts after {} ms, agent after {} ms, all after {} ms",
-            request.id,
-            mounted.as_millis(),
-            ready.as_millis(),
-            begun.elapsed().as_millis()
-        );
+        timeline.mark("created");
         Ok(vm.pid)
     }
 
-    /// The pod's VM, started if this is the first container.
-    async fn start_vm(self: &Arc<Self>, config: Config, plan: &Plan) -> Result<&Arc<Vm>, Fault> {
+    /// Of a container's start: the first one's begins with the shim, another's with its creation.
+    pub(crate) fn timeline(&self) -> Arc<Timeline> {
+        let first = self.vm().is_none() && self.containers().is_empty();
+        match first {
+            true => self.first.clone(),
+            false => Arc::default(),
+        }
+    }
+
+    /// What the VM of a container with this plan is made of.
+    pub(crate) fn setup(
+        &self,
+        config: Config,
+        plan: &Plan,
+        timeline: &Arc<Timeline>,
+    ) -> Result<Setup, Fault> {
+        let cgroup = match &plan.cgroups_path {
+            Some(path) => cgroup::relative_path(path).map_err(Fault::invalid)?,
+            None => PathBuf::from(format!("husk-{}", self.identity.id)),
+        };
+        Ok(Setup {
+            scope: self.scope(&config, plan),
+            config,
+            network: plan.network.clone(),
+            cgroup,
+            oom_score_adj: plan.oom_score_adj.unwrap_or(0),
+            timeline: timeline.clone(),
+        })
+    }
+
+    /// The pod's VM, started if this is the first container; `ahead` is one on its way.
+    async fn start_vm(
+        self: &Arc<Self>,
+        config: Config,
+        plan: &Plan,
+        ahead: Option<JoinHandle<Result<Launched, Fault>>>,
+        timeline: &Arc<Timeline>,
+    ) -> Result<&Arc<Vm>, Fault> {
         let vm = self.vm.get_or_try_init(|| async {
-            let cgroup = match &plan.cgroups_path {
-                Some(path) => cgroup::relative_path(path).map_err(Fault::invalid)?,
-                None => PathBuf::from(format!("husk-{}", self.identity.id)),
+            let setup = self.setup(config, plan, timeline)?;
+            let launched = match ahead {
+                Some(ahead) => ahead.await.map_err(Fault::internal)?,
+                None => launch(&setup).await,
             };
-            let (vm, events) = Vm::launch(Setup {
-                config,
-                network: plan.network.clone(),
-                cgroup,
-                oom_score_adj: plan.oom_score_adj.unwrap_or(0),
-            })
-            .await?;
-            if let Err(e) = self.write_record(&vm) {
-                log::warn!("write the pod's record: {e}");
-            }
+            let Launched { vm, events, wanted } = launched?;
+            *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) =
+                wanted.map(|wanted| (setup.config, wanted));
+            self.note(&vm);
             tokio::spawn(self.clone().follow(vm.clone(), events));
             Ok(vm)
         });
@@ -284,6 +352,35 @@ impl Pod {
             return Err(Fault::precondition(vm.ended().await));
         }
         Ok(vm)
+    }
+
+    /// Whose templates this pod may start from.
+    fn scope(&self, config: &Config, plan: &Plan) -> Option<Scope> {
+        let namespace = &self.identity.namespace;
+        match (config.templates, &plan.kubernetes_namespace) {
+            (Sharing::Off, _) => None,
+            (Sharing::Node, _) => Some(Scope::Node),
+            (Sharing::Namespace, None) => Some(Scope::Namespace(namespace.clone())),
+            (Sharing::Namespace, Some(inner)) if is_identifier(inner) => {
+                Some(Scope::Namespace(format!("{namespace}/{inner}")))
+            }
+            (Sharing::Namespace, Some(_)) => None,
+        }
+    }
+
+    /// Has the template built that this pod's start has missed; for when the start is over.
+    pub(crate) fn order_template(&self) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((config, wanted)) = wanted.take() {
+            tokio::spawn(async move { background::order(&config, &wanted).await });
+        }
+    }
+
+    /// For whoever has to clean up, should we not live to do so.
+    pub(crate) fn note(&self, vm: &Vm) {
+        if let Err(e) = self.write_record(vm) {
+            log::warn!("write the pod's record: {e}");
+        }
     }
 
     fn write_record(&self, vm: &Vm) -> std::io::Result<()> {
@@ -297,7 +394,7 @@ impl Pod {
         record.write(&self.record_of(&self.identity.id))
     }
 
-    fn record_of(&self, id: &str) -> PathBuf {
+    pub(crate) fn record_of(&self, id: &str) -> PathBuf {
         record::directory(Path::new(RECORDS), &self.identity.namespace, id)
     }
 
@@ -357,149 +454,5 @@ impl Pod {
             Ok(why) => Fault::internal(why),
             Err(_) => fault,
         }
-    }
-
-    /// Takes back a `Create` that failed.
-    async fn abandon(self: &Arc<Self>, id: &str) {
-        if let Some(vm) = self.vm() {
-            self.remove_from_guest(vm, id).await;
-        }
-        self.containers().remove(id);
-        self.linger();
-    }
-
-    /// Takes a container out of the guest, or the guest away if it was the last.
-    async fn remove_from_guest(&self, vm: &Vm, id: &str) {
-        let (last, in_guest, shares) = {
-            let mut containers = self.containers();
-            let last = containers.len() == 1;
-            let Some(container) = containers.get_mut(id) else {
-                return;
-            };
-            let shares = std::mem::take(&mut container.shares);
-            (last, container.in_guest, shares)
-        };
-        if in_guest && !vm.has_ended() {
-            // Also brings what the guest has written to the host.
-            let request = api::DeleteRequest {
-                container_id: id.to_owned(),
-                ..api::DeleteRequest::default()
-            };
-            match vm
-                .agent
-                .delete(context::with_duration(ANSWER), &request)
-                .await
-            {
-                Ok(_) => {}
-                Err(e) => match Fault::of_call("delete the container in the guest", e) {
-                    fault if fault.code == Code::NOT_FOUND => {}
-                    fault => log::warn!("{fault}"),
-                },
-            }
-        }
-        if last {
-            vm.stop().await;
-        } else if !vm.has_ended() {
-            for share in shares {
-                if let Err(fault) = vm.machine.unshare(share).await {
-                    log::warn!("{fault}");
-                }
-            }
-        }
-    }
-
-    /// `Delete` of a container whose init has ended.
-    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<DeleteResponse, Fault> {
-        self.end_if_never_started(id).await?;
-        let (pid, exit, streams) = self.with(id, |container| {
-            if container.deleting {
-                return Err(Fault::precondition(format_args!(
-                    "container {id} is being deleted"
-                )));
-            }
-            let exit = container.init.exit().ok_or_else(|| {
-                Fault::precondition(format_args!("container {id} is running: kill it first"))
-            })?;
-            container.deleting = true;
-            let mut streams = vec![std::mem::take(&mut container.init.streams)];
-            for exec in container.execs.values_mut() {
-                streams.push(std::mem::take(&mut exec.streams));
-            }
-            Ok((container.pid, exit, streams))
-        })?;
-        for stream in streams {
-            stream.drain(DRAIN).await;
-        }
-        if let Some(vm) = self.vm() {
-            self.remove_from_guest(vm, id).await;
-        }
-        {
-            let mut containers = self.containers();
-            containers.remove(id);
-            self.events.publish(TaskEvent::Delete(TaskDelete {
-                container_id: id.to_owned(),
-                pid,
-                exit_status: exit.status,
-                exited_at: timestamp(exit.at),
-                ..TaskDelete::default()
-            }));
-        }
-        if id != self.identity.id {
-            if let Err(e) = record::remove(&self.record_of(id)) {
-                log::warn!("remove the record of container {id}: {e}");
-            }
-        }
-        self.linger();
-        Ok(DeleteResponse {
-            pid,
-            exit_status: exit.status,
-            exited_at: timestamp(exit.at),
-            ..DeleteResponse::default()
-        })
-    }
-
-    /// A container that was created and never started is killed by its deletion.
-    async fn end_if_never_started(&self, id: &str) -> Result<(), Fault> {
-        let waiter = self.with(id, |container| {
-            let created = container.init.is_created();
-            Ok(created.then(|| container.init.subscribe()))
-        })?;
-        let Some(mut exited) = waiter else {
-            return Ok(());
-        };
-        self.kill(id, "", libc::SIGKILL as u32, true).await?;
-        let end = timeout(STRAGGLERS, exited.wait_for(Option::is_some)).await;
-        match end {
-            Ok(Ok(_)) => Ok(()),
-            _ => Err(Fault::internal(format_args!("container {id} does not end"))),
-        }
-    }
-
-    /// `Shutdown`: everything of the pod goes, if nothing runs in it. The caller answers, and the
-    /// shim ends.
-    pub async fn shutdown(&self) -> bool {
-        if !self.containers().is_empty() {
-            return false;
-        }
-        if let Some(vm) = self.vm() {
-            vm.stop().await;
-        }
-        if let Err(e) = record::remove(&self.record_of(&self.identity.id)) {
-            log::warn!("remove the pod's record: {e}");
-        }
-        let _ = std::fs::remove_file(&self.identity.socket);
-        self.over.notify_one();
-        true
-    }
-
-    /// Sees to it that a shim which nobody remembers does not stay.
-    fn linger(self: &Arc<Self>) {
-        let pod = self.clone();
-        tokio::spawn(async move {
-            sleep(LINGER).await;
-            if pod.shutdown().await {
-                log::info!("no container and no request to shut down: leaving");
-            }
-        });
     }
 }

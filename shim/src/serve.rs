@@ -1,5 +1,5 @@
 //! Serve mode: the process of the pod. It listens on the socket it inherits as its stdin, in a
-//! session of its own, and ends when the pod is over.
+//! session of its own, starts the pod's VM ahead, and ends when the pod is over.
 
 use std::{
     env,
@@ -19,6 +19,7 @@ use tokio::task::yield_now;
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
+    ahead,
     args::Invocation,
     events::Publisher,
     logger,
@@ -47,6 +48,7 @@ pub fn run(invocation: &Invocation) -> Result<()> {
 
 fn serve(invocation: &Invocation) -> Result<()> {
     detach();
+    let options = ahead::take_options();
     let listener = take_listener().context("take the inherited socket")?;
     let socket = listener
         .local_addr()
@@ -65,6 +67,7 @@ fn serve(invocation: &Invocation) -> Result<()> {
             namespace: invocation.namespace.clone(),
             id: invocation.id.clone(),
             socket,
+            since_ns: invocation.since_ns,
         };
         let pod = Pod::new(identity, events.clone());
         listener.set_nonblocking(true)?;
@@ -73,6 +76,7 @@ fn serve(invocation: &Invocation) -> Result<()> {
             .add_listener(Listener::from(listener))
             .register_service(task::services(&pod));
         server.start().await?;
+        pod.start_ahead(options);
         pod.over.notified().await;
         events.flush(FLUSH).await;
         // The answer to Shutdown is queued by now; let its connection write it.

@@ -18,6 +18,9 @@ use crate::mount::Attributes;
 /// Bytes of a `config.json` at most.
 const FILE_LIMIT: u64 = 16 << 20;
 
+/// CRI's annotation.
+const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+
 #[derive(Debug, Error)]
 pub enum SpecError {
     #[error("read {path}: {cause}")]
@@ -63,6 +66,8 @@ pub struct Plan {
     /// `linux.cgroupsPath` of the host, if there was one.
     pub cgroups_path: Option<String>,
     pub oom_score_adj: Option<i64>,
+    /// Of a pod of Kubernetes; containerd's own is `k8s.io` for all of these.
+    pub kubernetes_namespace: Option<String>,
 }
 
 fn refuse(field: impl Into<String>, reason: impl Into<String>) -> SpecError {
@@ -140,6 +145,11 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
         network,
         cgroups_path: cgroups_path.filter(|path| !path.is_empty()),
         oom_score_adj: spec.pointer("/process/oomScoreAdj").and_then(Value::as_i64),
+        kubernetes_namespace: spec
+            .get("annotations")
+            .and_then(|annotations| annotations.get(KUBERNETES_NAMESPACE))
+            .and_then(Value::as_str)
+            .map(str::to_owned),
     })
 }
 

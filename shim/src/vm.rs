@@ -5,9 +5,7 @@
 //! `Ended`. Whoever finds fault with the VM tells that task. Nothing here knows of containers.
 
 use std::{
-    fmt,
-    fs::File,
-    io,
+    fmt, io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
@@ -33,8 +31,8 @@ use crate::{
     cgroup::{self, PodCgroup},
     config::Config,
     fault::Fault,
-    machine::{BootImage, Machine},
-    spec::Network,
+    machine::Machine,
+    timeline::Timeline,
     untrusted,
     vmm::Vmm,
 };
@@ -82,17 +80,8 @@ enum Verdict {
     Fault(String),
 }
 
-/// What a VM is made of.
-pub struct Setup {
-    pub config: Config,
-    pub network: Network,
-    /// Below the root of cgroup v2.
-    pub cgroup: PathBuf,
-    /// Of the VMM's process.
-    pub oom_score_adj: i64,
-}
-
-/// A VM that was started. It ends with [`Vm::stop`], or with this process.
+/// A VMM process, and the guest in it once it has one. It ends with [`Vm::stop`], or with this
+/// process. How it comes to run is decided in `launch`.
 pub struct Vm {
     /// The VMM's process on the host, in the pod's network namespace.
     pub pid: u32,
@@ -101,8 +90,9 @@ pub struct Vm {
     cgroups: Vec<PathBuf>,
     /// What it boots from, for errors.
     images: String,
-    phase: watch::Receiver<Phase>,
+    phase: watch::Sender<Phase>,
     verdicts: mpsc::Sender<Verdict>,
+    begun: Instant,
 }
 
 impl fmt::Debug for Vm {
@@ -114,80 +104,60 @@ impl fmt::Debug for Vm {
 }
 
 impl Vm {
-    /// Starts the VMM and its vCPUs; the guest boots on while this returns. What it says arrives in
-    /// the receiver, which closes at its end.
-    pub async fn launch(setup: Setup) -> Result<(Arc<Self>, mpsc::Receiver<GuestEvent>), Fault> {
+    /// Starts the VMM's process, which waits for a guest. The descriptor is what the guest's agent
+    /// is to be joined to: when all copies of it are gone, so is the agent.
+    pub fn start(
+        config: &Config,
+        network: Option<&OwnedFd>,
+        cgroup: &Path,
+        oom_score_adj: i64,
+    ) -> Result<(Arc<Self>, OwnedFd), Fault> {
         let begun = Instant::now();
-        let config = &setup.config;
-        let deadline = config.agent_timeout;
-        let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
-        let kernel = open("the guest kernel", &config.kernel, false)?;
-        let initrd = open("the guest's initrd", &config.initrd, false)?;
-        let network = match &setup.network {
-            Network::New => None,
-            Network::Existing(path) => Some(open("network namespace", path, false)?),
-        };
         let (host_end, agent) = std::os::unix::net::UnixStream::pair().map_err(Fault::internal)?;
         host_end.set_nonblocking(true).map_err(Fault::internal)?;
         let agent_socket = UnixStream::from_std(host_end).map_err(Fault::internal)?;
         let (machine, remote) = Machine::new().map_err(Fault::internal)?;
 
         let cgroup = match cgroup::root() {
-            Some(root) => Some(PodCgroup::create(root, &setup.cgroup).map_err(Fault::internal)?),
+            Some(root) => Some(PodCgroup::create(root, cgroup).map_err(Fault::internal)?),
             None => None,
         };
-        let vmm = Vmm::start(config, remote, network.as_ref(), cgroup)?;
-        let pid = vmm.pid;
-        let cgroups = vmm.cgroups.clone();
-        vmm.adjust_oom_score(setup.oom_score_adj);
-
-        let (phase_sender, phase) = watch::channel(Phase::Starting);
-        let phase_sender = Arc::new(phase_sender);
+        let vmm = Vmm::start(config, remote, network, cgroup)?;
+        vmm.adjust_oom_score(oom_score_adj);
         let (verdicts, verdict_receiver) = mpsc::channel(4);
         let vm = Arc::new(Self {
-            pid,
+            pid: vmm.pid,
             machine,
             agent: AgentClient::new(Client::new(Socket::from(agent_socket))),
-            cgroups,
+            cgroups: vmm.cgroups.clone(),
             images: format!(
                 "kernel {}, initrd {}",
                 config.kernel.display(),
                 config.initrd.display()
             ),
-            phase,
+            phase: watch::Sender::new(Phase::Starting),
             verdicts,
+            begun,
         });
-        tokio::spawn(watch(
-            vm.clone(),
-            vmm,
-            phase_sender.clone(),
-            verdict_receiver,
-        ));
+        tokio::spawn(watch(vm.clone(), vmm, verdict_receiver));
+        Ok((vm, agent.into()))
+    }
 
-        let image = BootImage {
-            kvm,
-            kernel,
-            initrd,
-            agent: agent.into(),
-        };
-        let booted = timeout(deadline, vm.machine.boot(config, image)).await;
-        let booted = booted.unwrap_or_else(|_| Err(Fault::internal(unanswered("VMM", deadline))));
-        if let Err(fault) = booted {
-            vm.fail(fault.message).await;
-            vm.ready().await?;
-        }
-        advance(&phase_sender, Phase::Booting);
-        log::debug!(
-            "vCPUs run {} ms after the request",
-            begun.elapsed().as_millis()
-        );
+    /// The vCPUs run.
+    pub fn booting(&self) {
+        self.advance(Phase::Booting);
+    }
+
+    /// Greets the agent, and carries what it says to the receiver, which closes at the VM's end. If
+    /// it does not answer within `limit` of the VMM's start, the VM ends.
+    pub fn bring_up(
+        self: &Arc<Self>,
+        limit: Duration,
+        timeline: Arc<Timeline>,
+    ) -> mpsc::Receiver<GuestEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
-        let left = deadline.saturating_sub(begun.elapsed());
-        tokio::spawn(
-            vm.clone()
-                .bring_up(phase_sender, events, deadline, left, begun),
-        );
-        Ok((vm, receiver))
+        tokio::spawn(self.clone().greet(events, limit, timeline));
+        receiver
     }
 
     /// cgroups that were made for this VM, outermost first.
@@ -197,7 +167,7 @@ impl Vm {
 
     /// Returns once the agent answers, or says why it never will.
     pub async fn ready(&self) -> Result<(), Fault> {
-        let mut phase = self.phase.clone();
+        let mut phase = self.phase.subscribe();
         let reached = phase.wait_for(|phase| matches!(phase, Phase::Ready | Phase::Ended(_)));
         match reached.await.as_deref() {
             Ok(Phase::Ready) => Ok(()),
@@ -208,7 +178,7 @@ impl Vm {
 
     /// Returns why the VM ended, when it has. Never before the process is gone.
     pub async fn ended(&self) -> Arc<str> {
-        let mut phase = self.phase.clone();
+        let mut phase = self.phase.subscribe();
         let reached = phase.wait_for(|phase| matches!(phase, Phase::Ended(_)));
         match reached.await.as_deref() {
             Ok(Phase::Ended(why)) => why.clone(),
@@ -236,20 +206,28 @@ impl Vm {
     }
 
     /// Ends a VM that cannot be worked with. Bounded, as [`Self::stop`] is.
-    async fn fail(&self, what: String) {
+    pub async fn fail(&self, what: String) {
         let _ = self.verdicts.try_send(Verdict::Fault(what));
         let _ = timeout(KILLED * 2, self.ended()).await;
     }
 
-    /// Greets the agent, then carries its events until it falls silent.
-    async fn bring_up(
+    fn advance(&self, to: Phase) {
+        self.phase.send_if_modified(|now| {
+            let forward = !matches!(now, Phase::Ended(_));
+            if forward {
+                *now = to;
+            }
+            forward
+        });
+    }
+
+    async fn greet(
         self: Arc<Self>,
-        phase: Arc<watch::Sender<Phase>>,
         events: mpsc::Sender<GuestEvent>,
         limit: Duration,
-        left: Duration,
-        begun: Instant,
+        timeline: Arc<Timeline>,
     ) {
+        let left = limit.saturating_sub(self.begun.elapsed());
         let greeting = timeout(left, async {
             let hello = self
                 .agent
@@ -274,13 +252,14 @@ impl Vm {
                 return;
             }
         };
+        timeline.mark("agent");
         log::info!(
             "agent {} on Linux {} answered after {} ms",
             untrusted::message(&hello.version),
             untrusted::message(&hello.kernel_release),
-            begun.elapsed().as_millis()
+            self.begun.elapsed().as_millis()
         );
-        advance(&phase, Phase::Ready);
+        self.advance(Phase::Ready);
         loop {
             let event = match stream.recv().await {
                 Ok(Some(event)) => event.event,
@@ -310,28 +289,12 @@ impl Vm {
     }
 }
 
-fn unanswered(who: &str, limit: Duration) -> String {
+/// Says that somebody was silent for too long.
+pub fn unanswered(who: &str, limit: Duration) -> String {
     format!(
         "the {who} did not answer within {} ms (agent_timeout_ms)",
         limit.as_millis()
     )
-}
-
-fn advance(phase: &watch::Sender<Phase>, to: Phase) {
-    phase.send_if_modified(|now| {
-        let forward = !matches!(now, Phase::Ended(_));
-        if forward {
-            *now = to;
-        }
-        forward
-    });
-}
-
-fn open(what: &str, path: &Path, writable: bool) -> Result<OwnedFd, Fault> {
-    let file = File::options().read(true).write(writable).open(path);
-    let file =
-        file.map_err(|e| Fault::internal(format_args!("open {what}, {}: {e}", path.display())))?;
-    Ok(file.into())
 }
 
 fn hello() -> api::HelloRequest {
@@ -352,12 +315,7 @@ fn hello() -> api::HelloRequest {
 }
 
 /// Owns the process: waits for a reason to end it, ends it, and leaves nothing of it.
-async fn watch(
-    vm: Arc<Vm>,
-    vmm: Vmm,
-    phase: Arc<watch::Sender<Phase>>,
-    mut verdicts: mpsc::Receiver<Verdict>,
-) {
+async fn watch(vm: Arc<Vm>, vmm: Vmm, mut verdicts: mpsc::Receiver<Verdict>) {
     let why = tokio::select! {
         biased;
         () = vmm.ended() => None,
@@ -398,12 +356,12 @@ async fn watch(
     if why != "stopped" {
         log::error!("the microVM ended: {why}");
     }
-    phase.send_replace(Phase::Ended(why.into()));
+    vm.phase.send_replace(Phase::Ended(why.into()));
 }
 
 /// Returns when the VMM says that the guest has ended, once there is one.
 async fn guest_ended(vm: &Vm) -> String {
-    let mut phase = vm.phase.clone();
+    let mut phase = vm.phase.subscribe();
     let _ = phase.wait_for(|phase| *phase != Phase::Starting).await;
     match vm.machine.wait().await {
         Ok(answer) => explain(&answer),
@@ -459,72 +417,5 @@ mod tests {
             "the guest panicked: not syncing: VFS; its console ended with: one |  [0mtwo"
         );
         assert!(explain(&WaitResponse::default()).starts_with("the guest ended"));
-    }
-
-    fn setup(directory: &Path, script: &str) -> Setup {
-        use std::{fs, os::unix::fs::PermissionsExt};
-        let at = |name: &str, text: &str| {
-            let path = directory.join(name);
-            fs::write(&path, text).unwrap();
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-            path
-        };
-        let file = at("config.toml", "agent_timeout_ms = 500");
-        let mut config = Config::load(&file, &Default::default()).unwrap();
-        config.vmm = at("husk-vmm", &format!("#!/bin/sh\n{script}\n"));
-        config.kernel = at("vmlinux", "");
-        config.initrd = at("initrd.img", "");
-        Setup {
-            config,
-            network: Network::New,
-            cgroup: "husk-test/vm".into(),
-            oom_score_adj: 0,
-        }
-    }
-
-    #[tokio::test]
-    async fn a_vmm_that_dies_is_explained_by_its_last_words() {
-        let directory = tempfile::tempdir().unwrap();
-        let setup = setup(directory.path(), "echo one >&2; echo no room >&2; exit 3");
-        let fault = Vm::launch(setup).await.unwrap_err();
-        assert!(
-            fault
-                .message
-                .starts_with("husk-vmm exited with status 3: no room (kernel ")
-        );
-    }
-
-    #[tokio::test]
-    async fn a_vmm_that_says_nothing_is_killed_at_the_limit() {
-        let directory = tempfile::tempdir().unwrap();
-        let begun = Instant::now();
-        let fault = Vm::launch(setup(directory.path(), "sleep 60"))
-            .await
-            .unwrap_err();
-        assert!(
-            fault
-                .message
-                .contains("the VMM did not answer within 500 ms"),
-            "{fault}"
-        );
-        assert!(fault.message.contains("vmlinux"), "{fault}");
-        assert!(begun.elapsed() < Duration::from_secs(4));
-        if let Some(root) = cgroup::root() {
-            assert!(!root.join("husk-test").exists());
-        }
-    }
-
-    #[tokio::test]
-    async fn missing_files_are_named() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut setup = setup(directory.path(), "exit 0");
-        setup.config.kernel = "/nowhere/vmlinux".into();
-        let fault = Vm::launch(setup).await.unwrap_err();
-        assert!(
-            fault
-                .message
-                .starts_with("open the guest kernel, /nowhere/vmlinux: No such file"),
-            "{fault}"
-        );
     }
 }

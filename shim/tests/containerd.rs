@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake_vmm;
+mod templates;
 
 use std::{
     collections::HashMap,
@@ -13,7 +14,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Command, Output},
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
@@ -67,13 +68,14 @@ fn main() {
         .build()
         .unwrap();
     macro_rules! run {
-        ($($test:ident)*) => {$(
-            if stringify!($test).contains(&filter) {
+        ($($test:path)*) => {$(
+            let name = stringify!($test).replace(' ', "");
+            if name.contains(&filter) {
                 let begun = Instant::now();
                 runtime.block_on(async {
                     tokio::time::timeout(Duration::from_secs(60), $test()).await.expect("in time")
                 });
-                println!("test {} ... ok ({} ms)", stringify!($test), begun.elapsed().as_millis());
+                println!("test {name} ... ok ({} ms)", begun.elapsed().as_millis());
             }
         )*};
     }
@@ -87,6 +89,16 @@ fn main() {
         a_vmm_that_dies_ends_everything_once
         a_shim_that_was_killed_is_cleaned_up_after
         two_containers_of_a_group_share_a_shim
+        a_vm_started_ahead_and_not_wanted_leaves_nothing
+        templates::the_second_pod_is_a_clone
+        templates::pods_at_once_have_one_template_built
+        templates::what_is_wrong_with_a_template_costs_no_pod
+        templates::a_template_that_vanishes_in_use_is_used
+        templates::a_damaged_template_is_replaced
+        templates::a_build_that_fails_leaves_nothing_and_is_not_repeated
+        templates::a_build_that_is_interrupted_leaves_nothing
+        templates::templates_are_seen_to_by_hand
+        templates::namespaces_share_no_template
     }
 }
 
@@ -114,6 +126,10 @@ struct Host {
     top: tempfile::TempDir,
     namespace: String,
     seen: Seen,
+    /// More of the configuration, one line each.
+    settings: Vec<String>,
+    /// More of it that only `start` is told.
+    told_ahead: String,
     _events: Server,
 }
 
@@ -152,6 +168,8 @@ impl Host {
             top,
             namespace,
             seen,
+            told_ahead: String::new(),
+            settings: vec!["templates = \"off\"".into()],
             _events: events,
         }
     }
@@ -161,13 +179,15 @@ impl Host {
     }
 
     fn shim(&self, id: &str, action: &str) -> Output {
+        let options = self.options(&self.told_ahead).write_to_bytes().unwrap();
+        fs::write(self.at("options"), options).unwrap();
         Command::new(SHIM)
             .args(["-namespace", &self.namespace, "-id", id])
             .args(["-address", self.at("containerd.sock").to_str().unwrap()])
             .arg(action)
             .env("TTRPC_ADDRESS", self.at("events"))
             .current_dir(self.at(id))
-            .stdin(Stdio::null())
+            .stdin(File::open(self.at("options")).unwrap())
             .output()
             .unwrap()
     }
@@ -211,13 +231,19 @@ impl Host {
         }
     }
 
-    fn create_request(&self, task: &Task) -> CreateTaskRequest {
-        let body = format!(
-            "vmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nagent_timeout_ms = 1500\n",
+    fn configuration(&self) -> String {
+        format!(
+            "vmm = {:?}\nkernel = {:?}\ninitrd = {:?}\nagent_timeout_ms = 1500\n{}\n",
             std::env::current_exe().unwrap(),
             self.at("vmlinux"),
             self.at("initrd"),
-        );
+            self.settings.join("\n"),
+        )
+    }
+
+    /// The runtime options, which containerd hands to `start` and sends with Create.
+    fn options(&self, more: &str) -> Any {
+        let body = self.configuration() + more;
         // Field 3 of runtimeoptions.v1.Options, with a length of two bytes.
         let mut options = vec![
             0x1a,
@@ -225,6 +251,14 @@ impl Host {
             (body.len() >> 7) as u8,
         ];
         options.extend(body.bytes());
+        Any {
+            type_url: "runtimeoptions.v1.Options".into(),
+            value: options,
+            ..Any::default()
+        }
+    }
+
+    fn create_request(&self, task: &Task) -> CreateTaskRequest {
         CreateTaskRequest {
             id: task.id.clone(),
             bundle: task.bundle.to_str().unwrap().into(),
@@ -237,11 +271,7 @@ impl Host {
             stdin: task.fifo("in"),
             stdout: task.fifo("out"),
             stderr: task.fifo("err"),
-            options: MessageField::some(Any {
-                type_url: "runtimeoptions.v1.Options".into(),
-                value: options,
-                ..Any::default()
-            }),
+            options: MessageField::some(self.options("")),
             ..CreateTaskRequest::default()
         }
     }
@@ -260,6 +290,7 @@ impl Host {
         for path in [
             PathBuf::from(format!("/run/husk/{}", self.namespace)),
             PathBuf::from(format!("/sys/fs/cgroup/{}", self.namespace)),
+            PathBuf::from(format!("/sys/fs/cgroup/unified/{}", self.namespace)),
             PathBuf::from(address.trim_start_matches("unix://")),
         ] {
             if path.exists() {
@@ -742,4 +773,41 @@ async fn two_containers_of_a_group_share_a_shim() {
     pod.delete("").await.unwrap();
     pod.shutdown().await;
     host.nothing_is_left(&pod.address()).await;
+}
+
+async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
+    // Nobody asks for a container.
+    let mut host = Host::new().await;
+    let task = host.start("c1", &["true"], &[]).await;
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
+
+    // Somebody asks for another one than was to be expected.
+    host.told_ahead = "memory_mib = 128\n".into();
+    let task = host.start("c2", &["sh", "-c", "exit 5"], &[]).await;
+    let pid = host.create(&task).await;
+    task.run("").await.unwrap();
+    assert_eq!(task.wait("").await, 5);
+    assert_eq!(task.delete("").await.unwrap().pid, pid);
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
+
+    // The shim is killed before there is a container.
+    host.told_ahead.clear();
+    let task = host.start("c3", &["true"], &[]).await;
+    let connect = ConnectRequest::default();
+    let shim = task.client.connect(soon(), &connect).await;
+    let vm = || fs::read_to_string(format!("/run/husk/{}/c3/record.json", host.namespace));
+    while !vm().is_ok_and(|record| record.contains("vmm")) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // SAFETY: kill(2) takes numbers.
+    unsafe {
+        libc::kill(
+            i32::try_from(shim.unwrap().shim_pid).unwrap(),
+            libc::SIGKILL,
+        )
+    };
+    assert!(host.shim("c3", "delete").status.success());
+    host.nothing_is_left(&task.address()).await;
 }

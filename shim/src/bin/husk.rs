@@ -1,14 +1,22 @@
-//! `husk`, the command for people. It looks at the host and changes nothing.
+//! `husk`, the command for people. It looks at the host, and sees to the templates that pods start from.
 
-use std::{env, process::ExitCode};
+use std::{
+    env,
+    io::{self, Write},
+    process::ExitCode,
+};
 
-use husk_shim::{VERSION, check};
+use husk_shim::{
+    VERSION, check,
+    templates::command::{self, CommandError},
+};
 
 const HELP: &str = "\
 husk runs containers in microVMs, through containerd (runtime io.containerd.husk.v2).
 
 usage:
   husk check       say what this host lacks to run pods; exit status 0 if nothing
+  husk template    build, show and remove what pods start from; husk template --help says more
   husk --version
   husk help
 ";
@@ -18,6 +26,7 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["check"] => check_host(),
+        ["template", rest @ ..] => template(rest),
         ["--version" | "-V" | "version"] => {
             println!("husk {VERSION}");
             ExitCode::SUCCESS
@@ -40,6 +49,24 @@ fn check_host() -> ExitCode {
     match findings.iter().any(check::Finding::is_bad) {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
+    }
+}
+
+fn template(args: &[&str]) -> ExitCode {
+    match command::run(args) {
+        Ok(text) => {
+            // Whoever closes the pipe has seen enough.
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(CommandError::Usage(problem)) => {
+            eprintln!("husk template: {problem} (see husk template --help)");
+            ExitCode::from(2)
+        }
+        Err(e) => {
+            eprintln!("husk template: {e}");
+            ExitCode::FAILURE
+        }
     }
 }
 

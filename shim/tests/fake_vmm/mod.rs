@@ -1,6 +1,8 @@
 //! A stand-in for husk-vmm and the guest in it, so that the whole shim can be tried without KVM: it
 //! speaks both contracts, and runs "containers" as plain processes of the host. What the kernel file
-//! says is how its boot goes: `silent`, `panic`, `die`, or anything else for well.
+//! says is how its boot goes: `silent`, `panic`, `die`, or anything else for well. Words in it say how
+//! templates go: `save-fails`, `prepare-fails`, `save-hangs`, `try-fails` for their making, and `clone-unfit`,
+//! `clone-fails`, `clone-dies`, `clone-silent`, `clone-vanishes` for what is made of them.
 
 use std::{
     collections::HashMap,
@@ -10,7 +12,10 @@ use std::{
         unix::{net::UnixStream, process::CommandExt, process::ExitStatusExt},
     },
     process::{Command, Stdio},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -116,7 +121,13 @@ struct Vmm {
     tokens: Tokens,
     guest: Arc<Guest>,
     panicked: tokio::sync::Notify,
+    /// What the kernel file said.
+    kernel: Mutex<String>,
+    paused: AtomicBool,
 }
+
+/// What the memory of a saved machine holds.
+const MEMORY: &[u8] = b"guest memory";
 
 impl Vmm {
     async fn take(&self, token: u64) -> OwnedFd {
@@ -145,6 +156,8 @@ impl machine_ttrpc::Machine for Vmm {
             .unwrap();
         let _initrd = self.take(r.initrd_fd).await;
         let agent = UnixStream::from(self.take(r.agent_fd).await);
+        *self.kernel.lock().unwrap() = kernel.clone();
+        *self.guest.kernel.lock().unwrap() = kernel.clone();
         match kernel.trim() {
             "no elf" => return refuse(Code::INVALID_ARGUMENT, "kernel_fd: not an ELF file"),
             "die" => {
@@ -214,12 +227,98 @@ impl machine_ttrpc::Machine for Vmm {
         Ok(machine::ConnectResponse::default())
     }
 
+    async fn restore(
+        &self,
+        _: &TtrpcContext,
+        r: machine::RestoreRequest,
+    ) -> Answer<machine::RestoreResponse> {
+        let _kvm = self.take(r.kvm_fd).await;
+        let mut memory = std::fs::File::from(self.take(r.memory_fd).await);
+        let mut state = std::fs::File::from(self.take(r.state_fd).await);
+        let agent = UnixStream::from(self.take(r.agent_fd).await);
+        let place = std::fs::read_link(format!("/proc/self/fd/{}", state.as_raw_fd()));
+        let place = place.unwrap().parent().unwrap().to_owned();
+        // A template that is tried before it is published; what is wrong shows later.
+        let tried = place.to_str().unwrap().contains("/.new-");
+        if tried {
+            assert_eq!(r.pages_fd, 0);
+            touch(&memory);
+        } else {
+            let mut pages = [0; 16];
+            let mut file = std::fs::File::from(self.take(r.pages_fd).await);
+            file.read_exact(&mut pages).unwrap();
+            assert_eq!(
+                pages,
+                [0, 0x30, 0, 0, 0, 0, 0, 0, 1, 0x10, 0, 0, 0, 0, 0, 0]
+            );
+        }
+        if !tried && peek(&state).contains("clone-vanishes") {
+            // Under our feet: whoever holds the descriptors has the template all the same.
+            std::fs::remove_file(place.join("state")).unwrap();
+            std::fs::rename(&place, place.with_file_name(".old-by-test")).unwrap();
+        }
+        let (mut pages, mut said) = (Vec::new(), String::new());
+        memory.read_to_end(&mut pages).unwrap();
+        state.read_to_string(&mut said).unwrap();
+        assert!(pages.starts_with(MEMORY));
+        if tried && !said.contains("try-fails") {
+            said.clear();
+        }
+        if said.contains("try-fails") {
+            return refuse(Code::INVALID_ARGUMENT, "state_fd: of another machine");
+        }
+        if said.contains("clone-unfit") {
+            return refuse(Code::INVALID_ARGUMENT, "state_fd: wrong checksum");
+        }
+        if said.contains("clone-fails") {
+            return refuse(Code::INTERNAL, "KVM_SET_CPUID2: no");
+        }
+        if said.contains("clone-dies") {
+            eprintln!("husk-vmm: bus error");
+            std::process::exit(9);
+        }
+        if said.contains("clone-silent") {
+            std::mem::forget(agent);
+        } else {
+            let server = serve(agent, agent_ttrpc::create_agent(self.guest.clone())).await;
+            std::mem::forget(server);
+        }
+        Ok(machine::RestoreResponse::default())
+    }
+
+    async fn save(
+        &self,
+        _: &TtrpcContext,
+        r: machine::SaveRequest,
+    ) -> Answer<machine::SaveResponse> {
+        let memory = std::fs::File::from(self.take(r.memory_fd).await);
+        let state = std::fs::File::from(self.take(r.state_fd).await);
+        let kernel = self.kernel.lock().unwrap().clone();
+        if kernel.contains("save-hangs") {
+            std::future::pending::<()>().await;
+        }
+        if kernel.contains("save-fails") {
+            return refuse(Code::INTERNAL, "pwrite: No space left on device");
+        }
+        if !self.paused.load(Ordering::SeqCst) || !self.guest.prepared.load(Ordering::SeqCst) {
+            return refuse(Code::FAILED_PRECONDITION, "not paused, or not prepared");
+        }
+        if self.guest.greeted.load(Ordering::SeqCst) {
+            return refuse(Code::FAILED_PRECONDITION, "the guest has an identity");
+        }
+        memory.set_len(1 << 20).unwrap();
+        (&memory).write_all(MEMORY).unwrap();
+        (&state).write_all(kernel.as_bytes()).unwrap();
+        Ok(machine::SaveResponse::default())
+    }
+
     async fn pause(
         &self,
         _: &TtrpcContext,
         _: machine::PauseRequest,
     ) -> Answer<machine::PauseResponse> {
-        refuse(Code::UNIMPLEMENTED, "pause")
+        self.paused.store(true, Ordering::SeqCst);
+        Ok(machine::PauseResponse::default())
     }
 
     async fn resume(
@@ -253,6 +352,24 @@ impl machine_ttrpc::Machine for Vmm {
     }
 }
 
+/// Writes to the fourth page of guest memory, and reads nothing.
+fn touch(memory: &std::fs::File) {
+    // SAFETY: a new mapping of a file of 1 MiB, kept for as long as this process lives.
+    unsafe {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let (fd, private) = (memory.as_raw_fd(), libc::MAP_PRIVATE);
+        let at = libc::mmap(std::ptr::null_mut(), 1 << 20, protection, private, fd, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        at.cast::<u8>().add(3 * 4096).write_volatile(1);
+    }
+}
+
+fn peek(file: &std::fs::File) -> String {
+    let mut text = [0; 256];
+    let length = std::os::unix::fs::FileExt::read_at(file, &mut text, 0).unwrap();
+    String::from_utf8_lossy(&text[..length]).into_owned()
+}
+
 /// A process of the "guest".
 struct Running {
     args: Vec<String>,
@@ -267,6 +384,9 @@ struct Guest {
     streams: Mutex<HashMap<u64, UnixStream>>,
     processes: Mutex<HashMap<(String, String), Running>>,
     events: Mutex<Option<mpsc::UnboundedSender<agent::Event>>>,
+    kernel: Mutex<String>,
+    prepared: AtomicBool,
+    greeted: AtomicBool,
 }
 
 impl Guest {
@@ -322,11 +442,24 @@ impl agent_ttrpc::Agent for Guest {
         r: agent::HelloRequest,
     ) -> Answer<agent::HelloResponse> {
         assert!(r.entropy.len() >= 32 && r.wall_clock_ns > 0);
+        self.greeted.store(true, Ordering::SeqCst);
         Ok(agent::HelloResponse {
             version: "fake".into(),
             kernel_release: "6.12-fake".into(),
             ..agent::HelloResponse::default()
         })
+    }
+
+    async fn prepare(
+        &self,
+        _: &TtrpcContext,
+        _: agent::PrepareRequest,
+    ) -> Answer<agent::PrepareResponse> {
+        if self.kernel.lock().unwrap().contains("prepare-fails") {
+            return refuse(Code::INTERNAL, "mount /sys/fs/cgroup: EINVAL");
+        }
+        self.prepared.store(true, Ordering::SeqCst);
+        Ok(agent::PrepareResponse::default())
     }
 
     async fn events(

@@ -1,0 +1,170 @@
+//! How a container ends, and with the last one its pod: out of the guest, off the shim's books, and
+//! nothing left on the host.
+
+use std::{sync::Arc, time::Duration};
+
+use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
+use husk_proto::agent as api;
+use tokio::time::{sleep, timeout};
+use ttrpc::{Code, context};
+
+use crate::{
+    events::{TaskEvent, timestamp},
+    fault::Fault,
+    pod::{ANSWER, DRAIN, Pod, STRAGGLERS},
+    record,
+    vm::Vm,
+};
+
+/// A shim without containers waits this long to be told to shut down.
+const LINGER: Duration = Duration::from_secs(20);
+
+impl Pod {
+    /// Takes back a `Create` that failed.
+    pub(crate) async fn abandon(self: &Arc<Self>, id: &str) {
+        if let Some(vm) = self.vm() {
+            self.remove_from_guest(vm, id).await;
+        }
+        self.containers().remove(id);
+        self.linger();
+    }
+
+    /// Takes a container out of the guest, or the guest away if it was the last.
+    async fn remove_from_guest(&self, vm: &Vm, id: &str) {
+        let (last, in_guest, shares) = {
+            let mut containers = self.containers();
+            let last = containers.len() == 1;
+            let Some(container) = containers.get_mut(id) else {
+                return;
+            };
+            let shares = std::mem::take(&mut container.shares);
+            (last, container.in_guest, shares)
+        };
+        if in_guest && !vm.has_ended() {
+            // Also brings what the guest has written to the host.
+            let request = api::DeleteRequest {
+                container_id: id.to_owned(),
+                ..api::DeleteRequest::default()
+            };
+            match vm
+                .agent
+                .delete(context::with_duration(ANSWER), &request)
+                .await
+            {
+                Ok(_) => {}
+                Err(e) => match Fault::of_call("delete the container in the guest", e) {
+                    fault if fault.code == Code::NOT_FOUND => {}
+                    fault => log::warn!("{fault}"),
+                },
+            }
+        }
+        if last {
+            vm.stop().await;
+        } else if !vm.has_ended() {
+            for share in shares {
+                if let Err(fault) = vm.machine.unshare(share).await {
+                    log::warn!("{fault}");
+                }
+            }
+        }
+    }
+
+    /// `Delete` of a container whose init has ended.
+    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<DeleteResponse, Fault> {
+        self.end_if_never_started(id).await?;
+        let (pid, exit, streams) = self.with(id, |container| {
+            if container.deleting {
+                return Err(Fault::precondition(format_args!(
+                    "container {id} is being deleted"
+                )));
+            }
+            let exit = container.init.exit().ok_or_else(|| {
+                Fault::precondition(format_args!("container {id} is running: kill it first"))
+            })?;
+            container.deleting = true;
+            let mut streams = vec![std::mem::take(&mut container.init.streams)];
+            for exec in container.execs.values_mut() {
+                streams.push(std::mem::take(&mut exec.streams));
+            }
+            Ok((container.pid, exit, streams))
+        })?;
+        for stream in streams {
+            stream.drain(DRAIN).await;
+        }
+        if let Some(vm) = self.vm() {
+            self.remove_from_guest(vm, id).await;
+        }
+        {
+            let mut containers = self.containers();
+            containers.remove(id);
+            self.publish([TaskEvent::Delete(TaskDelete {
+                container_id: id.to_owned(),
+                pid,
+                exit_status: exit.status,
+                exited_at: timestamp(exit.at),
+                ..TaskDelete::default()
+            })]);
+        }
+        if id != self.identity.id {
+            if let Err(e) = record::remove(&self.record_of(id)) {
+                log::warn!("remove the record of container {id}: {e}");
+            }
+        }
+        self.linger();
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: timestamp(exit.at),
+            ..DeleteResponse::default()
+        })
+    }
+
+    /// A container that was created and never started is killed by its deletion.
+    async fn end_if_never_started(&self, id: &str) -> Result<(), Fault> {
+        let waiter = self.with(id, |container| {
+            let created = container.init.is_created();
+            Ok(created.then(|| container.init.subscribe()))
+        })?;
+        let Some(mut exited) = waiter else {
+            return Ok(());
+        };
+        self.kill(id, "", libc::SIGKILL as u32, true).await?;
+        let end = timeout(STRAGGLERS, exited.wait_for(Option::is_some)).await;
+        match end {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(Fault::internal(format_args!("container {id} does not end"))),
+        }
+    }
+
+    /// `Shutdown`: everything of the pod goes, if nothing runs in it. The caller answers, and the
+    /// shim ends.
+    pub async fn shutdown(&self) -> bool {
+        if !self.containers().is_empty() {
+            return false;
+        }
+        let ahead = self.ahead().take();
+        if let Some(ahead) = ahead {
+            ahead.cancel().await;
+        }
+        if let Some(vm) = self.vm() {
+            vm.stop().await;
+        }
+        if let Err(e) = record::remove(&self.record_of(&self.identity.id)) {
+            log::warn!("remove the pod's record: {e}");
+        }
+        let _ = std::fs::remove_file(&self.identity.socket);
+        self.over.notify_one();
+        true
+    }
+
+    /// Sees to it that a shim which nobody remembers does not stay.
+    fn linger(self: &Arc<Self>) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            sleep(LINGER).await;
+            if pod.shutdown().await {
+                log::info!("no container and no request to shut down: leaving");
+            }
+        });
+    }
+}

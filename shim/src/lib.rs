@@ -30,6 +30,7 @@ pub mod control;
 pub mod ending;
 pub mod events;
 pub mod fault;
+pub mod identity;
 pub mod launch;
 pub mod logger;
 pub mod machine;

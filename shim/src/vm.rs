@@ -5,11 +5,11 @@
 //! `Ended`. Whoever finds fault with the VM tells that task. Nothing here knows of containers.
 
 use std::{
-    fmt, io,
+    fmt,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use husk_proto::{
@@ -31,6 +31,7 @@ use crate::{
     cgroup::{self, PodCgroup},
     config::Config,
     fault::Fault,
+    identity,
     machine::Machine,
     timeline::Timeline,
     untrusted,
@@ -231,7 +232,7 @@ impl Vm {
         let greeting = timeout(left, async {
             let hello = self
                 .agent
-                .hello(context::Context::default(), &hello())
+                .hello(context::Context::default(), &identity::hello())
                 .await?;
             let request = api::EventsRequest::default();
             let stream = self
@@ -260,6 +261,7 @@ impl Vm {
             self.begun.elapsed().as_millis()
         );
         self.advance(Phase::Ready);
+        tokio::spawn(identity::lead_clock(self.agent.clone()));
         loop {
             let event = match stream.recv().await {
                 Ok(Some(event)) => event.event,
@@ -295,23 +297,6 @@ pub fn unanswered(who: &str, limit: Duration) -> String {
         "the {who} did not answer within {} ms (agent_timeout_ms)",
         limit.as_millis()
     )
-}
-
-fn hello() -> api::HelloRequest {
-    let mut entropy = vec![0; 64];
-    // SAFETY: the buffer has that many bytes.
-    let got = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
-    if got != 64 {
-        log::warn!("getrandom: {}", io::Error::last_os_error());
-    }
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    api::HelloRequest {
-        wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or_default(),
-        entropy,
-        ..api::HelloRequest::default()
-    }
 }
 
 /// Owns the process: waits for a reason to end it, ends it, and leaves nothing of it.

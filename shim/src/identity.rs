@@ -1,0 +1,125 @@
+//! What a guest has from its host: the time, randomness, a name. A clone wakes up with those of its template, so
+//! they come with the first call; the time goes on coming for as long as the VM lives.
+
+use std::{
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use husk_proto::{agent as api, agent_ttrpc::AgentClient};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::sleep,
+};
+use ttrpc::context;
+
+use crate::ready;
+
+/// Between two corrections. The guest's clock runs by the CPU's; where the host's is disciplined by NTP the two
+/// drift apart by some 10 us a second.
+const CORRECTION: Duration = Duration::from_secs(600);
+/// For the agent to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// The first call to an agent.
+pub fn hello() -> api::HelloRequest {
+    let mut entropy = vec![0; 64];
+    // SAFETY: the buffer has that many bytes.
+    let got = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
+    if got != 64 {
+        log::warn!("getrandom: {}", io::Error::last_os_error());
+    }
+    api::HelloRequest {
+        wall_clock_ns: wall_clock_ns(),
+        entropy,
+        hostname: hostname(),
+        ..api::HelloRequest::default()
+    }
+}
+
+/// Keeps the guest's wall clock with the host's, also when somebody sets that. Ends when the agent does not
+/// answer any more.
+pub async fn lead_clock(agent: AgentClient) {
+    loop {
+        let set = async {
+            if let Err(e) = clock_was_set().await {
+                log::warn!("watch the clock: {e}");
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = set => {}
+            () = sleep(CORRECTION) => {}
+        }
+        let request = api::SetClockRequest {
+            wall_clock_ns: wall_clock_ns(),
+            ..api::SetClockRequest::default()
+        };
+        if let Err(e) = agent
+            .set_clock(context::with_duration(ANSWER), &request)
+            .await
+        {
+            log::debug!("set the guest's clock: {e}");
+            return;
+        }
+    }
+}
+
+/// Returns when the host's wall clock has jumped (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET).
+async fn clock_was_set() -> io::Result<()> {
+    let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
+    // SAFETY: no pointers.
+    let fd = unsafe { libc::timerfd_create(libc::CLOCK_REALTIME, flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made, and is nobody's else.
+    let timer = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: an all-zero itimerspec is a valid value.
+    let mut never: libc::itimerspec = unsafe { std::mem::zeroed() };
+    never.it_value.tv_sec = libc::time_t::MAX;
+    let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
+    // SAFETY: the structure lives across the call; no old value is asked for.
+    if unsafe { libc::timerfd_settime(timer.as_raw_fd(), flags, &never, std::ptr::null_mut()) } < 0
+    {
+        return Err(io::Error::last_os_error());
+    }
+    let timer: AsyncFd<OwnedFd> = ready::watch(timer, Interest::READABLE)?;
+    timer.readable().await?.retain_ready();
+    Ok(())
+}
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or_default()
+}
+
+/// The host's, at most 64 bytes; empty if there is none.
+fn hostname() -> String {
+    let mut name = [0u8; 65];
+    // SAFETY: one byte less than the buffer has, so that a zero follows whatever is written.
+    if unsafe { libc::gethostname(name.as_mut_ptr().cast(), name.len() - 1) } < 0 {
+        log::warn!("gethostname: {}", io::Error::last_os_error());
+        return String::new();
+    }
+    let end = name.iter().position(|byte| *byte == 0).unwrap_or(0);
+    String::from_utf8_lossy(name.get(..end).unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_call_says_everything() {
+        let (one, two) = (hello(), hello());
+        assert_eq!(one.entropy.len(), 64);
+        assert_ne!(one.entropy, two.entropy);
+        assert!(one.wall_clock_ns > 1_700_000_000_000_000_000);
+        let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        assert_eq!(one.hostname, name.trim_end());
+    }
+}

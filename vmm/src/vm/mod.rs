@@ -167,7 +167,7 @@ pub struct Vm {
 impl Vm {
     /// Builds the machine and starts its vCPUs.
     pub fn boot(config: Config, files: Arc<FileServer>) -> Result<Self, BuildError> {
-        let regions = memory::layout(config.memory_bytes);
+        let regions = memory::layout(config.memory_bytes)?;
         let low_end = regions.first().map_or(0, |(_, length)| *length);
         let ram = memory::allocate(config.memory_bytes)?;
         let entry = load(&config, &ram, &regions, low_end)?;

@@ -3,7 +3,10 @@
 //! * `husk-probe plant DIR MANY`: makes a tree of everything that file servers get wrong, with a
 //!   directory of MANY entries.
 //! * `husk-probe tree DIR`: lists a tree with all that can be known of each entry.
-//! * as PID 1 of a guest, the agent of a test: ends as it is told, or never answers anybody.
+//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
+//!   answers anybody.
+
+mod guest;
 
 use std::{
     collections::BTreeMap,
@@ -42,6 +45,11 @@ fn be_init() {
     let done = match env::var("husk_probe").as_deref() {
         Ok("power-off") => reboot(RebootCommand::PowerOff),
         Ok("reset") => reboot(RebootCommand::Restart),
+        Ok("serve") => {
+            let workers = env::var("husk_workers").ok();
+            let workers = workers.and_then(|count| count.parse().ok());
+            panic!("{:?}", guest::serve(workers.unwrap_or(0)));
+        }
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
         _ => loop {

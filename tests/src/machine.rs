@@ -6,7 +6,11 @@ use std::{
     mem::MaybeUninit,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{net::UnixStream, process::CommandExt},
+        unix::{
+            fs::{FileExt, MetadataExt, OpenOptionsExt},
+            net::UnixStream,
+            process::CommandExt,
+        },
     },
     path::Path,
     process::{Child, Command, Stdio},
@@ -18,7 +22,10 @@ use husk_proto::{
     DESCRIPTOR_FD, MACHINE_FD,
     agent::HelloRequest,
     agent_ttrpc::AgentClient,
-    machine::{BootRequest, StatusRequest, StatusResponse, WaitRequest, WaitResponse},
+    machine::{
+        BootRequest, PauseRequest, RestoreRequest, ResumeRequest, SaveRequest, StatusRequest,
+        StatusResponse, StopRequest, WaitRequest, WaitResponse,
+    },
     machine_ttrpc::MachineClient,
 };
 use rustix::{
@@ -28,6 +35,7 @@ use rustix::{
         SocketType, sendmsg, socketpair,
     },
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use ttrpc::{
     r#async::{Client, transport::Socket},
     context,
@@ -39,6 +47,93 @@ use crate::command::eventually;
 pub const VMM: &str = "/usr/local/lib/husk/husk-vmm";
 pub const KERNEL: &str = "/usr/local/lib/husk/vmlinux";
 pub const INITRD: &str = "/usr/local/lib/husk/initrd.img";
+
+/// A saved machine: two files without a name.
+pub struct Saved {
+    pub memory: File,
+    pub state: File,
+}
+
+/// What a guest that serves its test has found.
+#[derive(Debug, Clone, Copy)]
+pub struct Report {
+    /// Rounds of work done, and how many of them came out wrong.
+    pub rounds: u64,
+    pub wrong: u64,
+    /// The latest time that the guest has seen, and how far it ever went back.
+    pub monotonic_ns: u64,
+    pub backwards: u64,
+    /// How much longer than asked for the guest ever slept.
+    pub late_ns: u64,
+}
+
+impl Report {
+    pub const SIZE: usize = 40;
+
+    pub fn to_bytes(self) -> Vec<u8> {
+        let Report {
+            rounds,
+            wrong,
+            monotonic_ns,
+            backwards,
+            late_ns,
+        } = self;
+        [rounds, wrong, monotonic_ns, backwards, late_ns]
+            .iter()
+            .flat_map(|number| number.to_le_bytes())
+            .collect()
+    }
+
+    pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
+        let number = |at: usize| {
+            bytes[at * 8..][..8]
+                .iter()
+                .rev()
+                .fold(0, |number, byte| number << 8 | u64::from(*byte))
+        };
+        Report {
+            rounds: number(0),
+            wrong: number(1),
+            monotonic_ns: number(2),
+            backwards: number(3),
+            late_ns: number(4),
+        }
+    }
+}
+
+/// The host's end of the connection to such a guest.
+pub struct Guest(tokio::net::UnixStream);
+
+impl Guest {
+    /// # Errors
+    /// When the socket cannot be watched.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        stream.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(stream).context("watch a socket")?;
+        Ok(Guest(stream))
+    }
+
+    /// Sends a command and reads an answer of `N` bytes.
+    ///
+    /// # Errors
+    /// When the guest does not answer in the time all calls have.
+    pub async fn ask<const N: usize>(&mut self, command: &[u8]) -> Result<[u8; N]> {
+        let mut answer = [0; N];
+        let asked = async {
+            self.0.write_all(command).await?;
+            self.0.read_exact(&mut answer).await
+        };
+        let asked = tokio::time::timeout(PATIENCE, asked).await;
+        asked.context("the guest does not answer")??;
+        Ok(answer)
+    }
+
+    /// # Errors
+    /// As [`Self::ask`].
+    pub async fn report(&mut self) -> Result<Report> {
+        Ok(Report::from_bytes(&self.ask(b"c").await?))
+    }
+}
 
 /// The longest any call may take: the lab is a software CPU.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -158,11 +253,7 @@ impl Machine {
     ) -> Result<UnixStream> {
         let open =
             |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
-        let kvm = File::options()
-            .read(true)
-            .write(true)
-            .open("/dev/kvm")
-            .context("open /dev/kvm")?;
+        let kvm = kvm()?;
         let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
         let request = BootRequest {
             kvm_fd: self.pass(kvm)?,
@@ -176,6 +267,66 @@ impl Machine {
         };
         self.client.boot(patience(), &request).await?;
         Ok(agent)
+    }
+
+    /// Restores a machine; the answer is the host's end of the agent's connection.
+    ///
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn restore(&mut self, saved: &Saved, pages: Option<&File>) -> Result<UnixStream> {
+        let kvm = kvm()?;
+        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        let request = RestoreRequest {
+            kvm_fd: self.pass(kvm)?,
+            memory_fd: self.pass(&saved.memory)?,
+            state_fd: self.pass(&saved.state)?,
+            agent_fd: self.pass(theirs)?,
+            pages_fd: pages.map_or(Ok(0), |pages| self.pass(pages))?,
+            ..Default::default()
+        };
+        self.client.restore(patience(), &request).await?;
+        Ok(agent)
+    }
+
+    /// Saves the machine, which must be paused, to files on the lab's disk.
+    ///
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn save(&mut self) -> Result<Saved> {
+        let saved = Saved {
+            memory: scratch_file()?,
+            state: scratch_file()?,
+        };
+        let request = SaveRequest {
+            memory_fd: self.pass(&saved.memory)?,
+            state_fd: self.pass(&saved.state)?,
+            ..Default::default()
+        };
+        self.client.save(patience(), &request).await?;
+        Ok(saved)
+    }
+
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn pause(&self) -> Result<()> {
+        self.client.pause(patience(), &PauseRequest::new()).await?;
+        Ok(())
+    }
+
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn resume(&self) -> Result<()> {
+        self.client
+            .resume(patience(), &ResumeRequest::new())
+            .await?;
+        Ok(())
+    }
+
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn stop(&self) -> Result<()> {
+        self.client.stop(patience(), &StopRequest::new()).await?;
+        Ok(())
     }
 
     /// # Errors
@@ -217,6 +368,87 @@ pub async fn hello(agent: UnixStream) -> Result<AgentClient> {
     };
     client.hello(patience(), &request).await?;
     Ok(client)
+}
+
+/// The pages of the memory file that the VMM `pid` has copied, as a prefetch list: to be written.
+///
+/// # Errors
+/// When /proc does not tell.
+pub fn pages_written(pid: u32, memory: &File) -> Result<File> {
+    const PAGE: u64 = 4096;
+    const PRESENT: u64 = 1 << 63;
+    const OF_FILE: u64 = 1 << 61;
+    const TO_BE_WRITTEN: u64 = 1;
+    let inode = memory.metadata()?.ino();
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
+    let mut list = Vec::new();
+    for line in maps.lines() {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [range, _, offset, _, number, ..] = fields.as_slice() else {
+            continue;
+        };
+        if number.parse() != Ok(inode) {
+            continue;
+        }
+        let hex = |text| u64::from_str_radix(text, 16);
+        let (start, end) = range.split_once('-').context("a range")?;
+        let (start, end, offset) = (hex(start)?, hex(end)?, hex(offset)?);
+        let mut entries = vec![0; ((end - start) / PAGE * 8) as usize];
+        pagemap.read_exact_at(&mut entries, start / PAGE * 8)?;
+        for (page, entry) in (offset..)
+            .step_by(PAGE as usize)
+            .zip(entries.chunks_exact(8))
+        {
+            let entry = u64::from_le_bytes(entry.try_into()?);
+            if entry & PRESENT != 0 && entry & OF_FILE == 0 {
+                match list.last_mut() {
+                    Some((first, length)) if *first + *length == page => *length += PAGE,
+                    _ => list.push((page, PAGE)),
+                }
+            }
+        }
+    }
+    let file = scratch_file()?;
+    let bytes: Vec<u8> = list
+        .iter()
+        .flat_map(|(offset, length)| [*offset, *length | TO_BE_WRITTEN])
+        .flat_map(u64::to_le_bytes)
+        .collect();
+    file.write_all_at(&bytes, 0)?;
+    Ok(file)
+}
+
+/// Page faults of process `pid` that needed no disk.
+///
+/// # Errors
+/// When /proc does not tell.
+pub fn page_faults(pid: u32) -> Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let behind_name = stat.rsplit(") ").next().context("a stat line")?;
+    let minor = behind_name.split(' ').nth(7).context("a field")?;
+    Ok(minor.parse()?)
+}
+
+/// A file without a name, on the lab's disk.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn scratch_file() -> Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(rustix::fs::OFlags::TMPFILE.bits() as i32)
+        .open("/var/tmp")
+        .context("make a file in /var/tmp")
+}
+
+fn kvm() -> Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .context("open /dev/kvm")
 }
 
 pub fn patience() -> context::Context {

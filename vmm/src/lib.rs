@@ -23,5 +23,6 @@ pub mod memory;
 pub mod pci;
 pub mod sandbox;
 pub mod service;
+pub mod state;
 pub mod virtio;
 pub mod vm;

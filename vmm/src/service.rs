@@ -1,7 +1,7 @@
 //! The machine service (`machine.proto`), for one client on one connection.
 //!
 //! Runs on the main thread alone. Everything long happens elsewhere: requests only start, ask or
-//! wait. When the client closes the connection the process ends, whatever the guest is doing.
+//! wait. Save alone is long, and nothing else may happen meanwhile. When the client closes the connection the process ends, whatever the guest is doing.
 
 use std::{
     fs::File,
@@ -21,9 +21,10 @@ use husk_proto::{
     DESCRIPTOR_FD, MACHINE_FD,
     machine::{
         BootRequest, BootResponse, ConnectRequest, ConnectResponse, PauseRequest, PauseResponse,
-        ResumeRequest, ResumeResponse, ShareRequest, ShareResponse, StatusRequest, StatusResponse,
-        StopRequest, StopResponse, UnshareRequest, UnshareResponse, WaitRequest, WaitResponse,
-        status_response, wait_response::Reason,
+        RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, SaveRequest, SaveResponse,
+        ShareRequest, ShareResponse, StatusRequest, StatusResponse, StopRequest, StopResponse,
+        UnshareRequest, UnshareResponse, WaitRequest, WaitResponse, status_response,
+        wait_response::Reason,
     },
     machine_ttrpc::{Machine, create_machine},
 };
@@ -41,7 +42,7 @@ use ttrpc::{
 use crate::{
     descriptors::{DescriptorError, Descriptors},
     fs::{FileServer, ShareError},
-    vm::{BuildError, Config, Vm, ending::Cause},
+    vm::{BuildError, Config, RestoreConfig, SaveError, Vm, ending::Cause},
 };
 
 /// The longest name of a share, in bytes.
@@ -85,7 +86,7 @@ pub fn serve(files: FileServer) -> io::Result<()> {
     })
 }
 
-/// The service's state. The VM is set by Boot and stays, also after its end.
+/// The service's state. The VM is set by Boot or Restore and stays, also after its end.
 struct MachineService {
     descriptors: Mutex<Descriptors>,
     files: Arc<FileServer>,
@@ -112,6 +113,22 @@ impl MachineService {
         self.vm
             .get()
             .ok_or_else(|| status(Code::FAILED_PRECONDITION, "the machine was not booted"))
+    }
+
+    fn no_vm_yet(&self) -> ttrpc::Result<()> {
+        match self.vm.get() {
+            None => Ok(()),
+            Some(_) => {
+                let message = "the machine was booted before";
+                Err(status(Code::FAILED_PRECONDITION, message))
+            }
+        }
+    }
+
+    /// Takes charge of a machine that runs.
+    fn keep(&self, vm: Vm) {
+        let vm = self.vm.get_or_init(|| Arc::new(vm));
+        tokio::spawn(stop_at_end(Arc::clone(vm)));
     }
 
     /// The VM, booted and not ended.
@@ -143,21 +160,50 @@ impl MachineService {
 #[async_trait]
 impl Machine for MachineService {
     async fn boot(&self, _: &TtrpcContext, request: BootRequest) -> ttrpc::Result<BootResponse> {
-        if self.vm.get().is_some() {
-            let message = "the machine was booted before";
-            return Err(status(Code::FAILED_PRECONDITION, message));
-        }
+        self.no_vm_yet()?;
         // Built right here: nothing else can be asked for before it is.
-        let vm = Vm::boot(self.config(request)?, Arc::clone(&self.files)).map_err(|e| {
-            let code = match e.is_clients() {
-                true => Code::INVALID_ARGUMENT,
-                false => Code::INTERNAL,
+        let vm = Vm::boot(self.config(request)?, Arc::clone(&self.files))
+            .map_err(|e| status(fault(e.is_clients()), e))?;
+        self.keep(vm);
+        Ok(BootResponse::new())
+    }
+
+    async fn restore(
+        &self,
+        _: &TtrpcContext,
+        request: RestoreRequest,
+    ) -> ttrpc::Result<RestoreResponse> {
+        self.no_vm_yet()?;
+        let pages = match request.pages_fd {
+            0 => None,
+            token => Some(File::from(self.take("pages_fd", token)?)),
+        };
+        let config = RestoreConfig {
+            kvm: self.take("kvm_fd", request.kvm_fd)?,
+            memory: File::from(self.take("memory_fd", request.memory_fd)?),
+            state: File::from(self.take("state_fd", request.state_fd)?),
+            agent: self.take("agent_fd", request.agent_fd)?,
+            pages,
+        };
+        let vm = Vm::restore(config, Arc::clone(&self.files))
+            .map_err(|e| status(fault(e.is_clients()), e))?;
+        self.keep(vm);
+        Ok(RestoreResponse::new())
+    }
+
+    async fn save(&self, _: &TtrpcContext, request: SaveRequest) -> ttrpc::Result<SaveResponse> {
+        let vm = self.live_vm()?;
+        let memory = File::from(self.take("memory_fd", request.memory_fd)?);
+        let state = File::from(self.take("state_fd", request.state_fd)?);
+        vm.save(&memory, &state).map_err(|e| {
+            let code = match &e {
+                SaveError::NotPaused | SaveError::InTheWay(_) => Code::FAILED_PRECONDITION,
+                SaveError::NotEmpty { .. } => Code::INVALID_ARGUMENT,
+                _ => Code::INTERNAL,
             };
             status(code, e)
         })?;
-        let vm = self.vm.get_or_init(|| Arc::new(vm));
-        tokio::spawn(stop_at_end(Arc::clone(vm)));
-        Ok(BootResponse::new())
+        Ok(SaveResponse::new())
     }
 
     async fn status(&self, _: &TtrpcContext, _: StatusRequest) -> ttrpc::Result<StatusResponse> {
@@ -263,6 +309,14 @@ async fn stop_at_end(vm: Arc<Vm>) {
     log::debug!("{:?}", vm.exits());
     if let Err(e) = vm.quit().await {
         log::error!("{e}");
+    }
+}
+
+/// Who is to blame for a machine that was not built: the client, or the host.
+fn fault(clients: bool) -> Code {
+    match clients {
+        true => Code::INVALID_ARGUMENT,
+        false => Code::INTERNAL,
     }
 }
 

@@ -6,6 +6,8 @@
 
 use std::collections::VecDeque;
 
+use crate::state;
+
 /// Bytes of output kept: the last ones.
 pub const KEPT: usize = 64 << 10;
 
@@ -61,6 +63,22 @@ impl Console {
         self.kept.iter().copied().collect()
     }
 
+    /// The port and what it keeps, for [`Self::restore`].
+    pub fn save(&self) -> state::Console {
+        state::Console {
+            kept: self.contents(),
+            line_control: self.line_control.into(),
+            ..Default::default()
+        }
+    }
+
+    /// Goes on where another machine's port was saved.
+    pub fn restore(&mut self, saved: &state::Console) {
+        self.kept.clear();
+        self.print(&saved.kept);
+        self.line_control = saved.line_control as u8;
+    }
+
     /// The last line that tells of a kernel panic, made printable.
     pub fn panic_line(&self) -> Option<String> {
         let contents = self.contents();
@@ -90,6 +108,24 @@ mod tests {
         assert!(contents.ends_with(b"aend"));
         console.write(THR, &[b'x'; 2 * KEPT]);
         assert_eq!(console.contents(), [b'x'; KEPT]);
+    }
+
+    #[test]
+    fn a_clone_prints_behind_what_was_printed() {
+        let mut before = Console::default();
+        before.write(THR, b"boot, ");
+        before.write(LCR, &[LCR_DLAB]);
+        let mut after = Console::default();
+        after.restore(&before.save());
+        after.write(THR, b"\x01");
+        after.write(LCR, &[3]);
+        after.write(THR, b"clone");
+        assert_eq!(after.contents(), b"boot, clone");
+        after.restore(&state::Console {
+            kept: vec![b'x'; 2 * KEPT],
+            ..Default::default()
+        });
+        assert_eq!(after.contents().len(), KEPT);
     }
 
     #[test]

@@ -13,13 +13,15 @@ use std::{
 };
 
 use husk_proto::SHARES_TAG;
+use protobuf::Message;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     fs::{self, FileServer},
     memory::GuestRam,
+    state::{self, StateError},
     virtio::{
-        Activation, DeviceError, ID_FS, Kind, VirtioDevice,
+        Activation, DeviceError, ID_FS, InTheWay, Kind, VirtioDevice,
         queue::{Queue, total},
     },
     vm::ending::{Cause, Ending},
@@ -101,6 +103,19 @@ impl VirtioDevice for FsDevice {
 
     fn stop(&mut self) -> Vec<Queue> {
         self.workers.drain(..).filter_map(Worker::stop).collect()
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
+        let in_the_way = |what| InTheWay { device: NAME, what };
+        let saved = self.server.save().map_err(in_the_way)?;
+        saved
+            .write_to_bytes()
+            .map_err(|e| in_the_way(e.to_string()))
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), StateError> {
+        self.server.restore(&state::Fs::parse_from_bytes(saved)?);
+        Ok(())
     }
 }
 

@@ -9,6 +9,8 @@ use crate::{
         Bar, PciDevice,
         config::{ConfigSpace, Identity},
     },
+    state::{PciFunction, StateError},
+    virtio::InTheWay,
     vm::ending::{Cause, Ending},
 };
 
@@ -77,6 +79,14 @@ impl PciDevice for Pvpanic {
         if let (0, [event]) = (offset, data) {
             self.event(*event);
         }
+    }
+
+    fn save(&mut self) -> Result<PciFunction, InTheWay> {
+        Ok(self.config.save())
+    }
+
+    fn restore(&mut self, saved: &PciFunction) -> Result<(), StateError> {
+        self.config.restore(saved)
     }
 }
 

@@ -129,6 +129,21 @@ impl HandleTable {
         act(&mut self.0.write().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Handles that are open.
+    pub(super) fn len(&self) -> usize {
+        self.with(|open| open.handles.len())
+    }
+
+    /// The number that the next handle gets.
+    pub(super) fn next(&self) -> u64 {
+        self.with(|open| open.next)
+    }
+
+    /// Gives new handles numbers from `next` on, or higher ones.
+    pub(super) fn skip_to(&self, next: u64) {
+        self.with(|open| open.next = open.next.max(next));
+    }
+
     /// The open file `fh` of inode `node`; EBADF for any other.
     pub(super) fn file(&self, fh: u64, node: u64) -> Result<Arc<FileHandle>, Errno> {
         match self.get(fh)? {

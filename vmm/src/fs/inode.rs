@@ -191,6 +191,17 @@ impl NodeTable {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The id that the next new inode gets.
+    pub(super) fn next(&self) -> u64 {
+        self.read().next
+    }
+
+    /// Gives new inodes ids from `next` on, or higher ones.
+    pub(super) fn skip_to(&self, next: u64) {
+        let mut state = self.write();
+        state.next = state.next.max(next);
+    }
+
     /// The inode of that id; ESTALE when there is none, any more or ever.
     pub(super) fn get(&self, id: u64) -> Result<Arc<Node>, Errno> {
         self.read()

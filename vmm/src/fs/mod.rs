@@ -17,7 +17,7 @@
 //!
 //! Where to look: `wire` the protocol, `message` requests and replies in guest memory, `server`
 //! dispatch; `names`, `attrs`, `data`, `dirs`, `xattrs`, `root` the operations; `inode`, `handle`,
-//! `share` what is known, `limits` how much; `creds` acting as the caller; `self_fd`, `sys` the way to the kernel.
+//! `share` what is known, `limits` how much, `saved` what outlives the process; `creds` acting as the caller; `self_fd`, `sys` the way to the kernel.
 //! Why a server of our own: `docs/decisions/0002-file-server.md`.
 
 mod attrs;
@@ -31,6 +31,7 @@ mod message;
 mod names;
 mod overlay;
 mod root;
+mod saved;
 mod self_fd;
 mod server;
 mod share;

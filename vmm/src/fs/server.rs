@@ -35,10 +35,10 @@ pub struct FileServer {
     pub(super) handles: HandleTable,
     pub(super) budget: Arc<Budget>,
     /// The entries of the root directory: the roots of the shares.
-    shares: RwLock<BTreeMap<String, Arc<Node>>>,
-    next_share: AtomicU64,
+    pub(super) shares: RwLock<BTreeMap<String, Arc<Node>>>,
+    pub(super) next_share: AtomicU64,
     /// The guest shows each share as a file system of its own (FUSE_SUBMOUNTS).
-    submounts: AtomicBool,
+    pub(super) submounts: AtomicBool,
 }
 
 impl FileServer {

@@ -4,6 +4,10 @@
 //! serves to ask for the size. So doorbells are registered with KVM once.
 
 use super::{Bar, PciDevice};
+use crate::{
+    state::{PciFunction, StateError},
+    virtio::InTheWay,
+};
 
 /// Offsets of the header (§6.1).
 const VENDOR: usize = 0x00;
@@ -103,6 +107,34 @@ impl ConfigSpace {
         }
     }
 
+    /// The space as the guest has it, for [`Self::restore`].
+    pub fn save(&self) -> PciFunction {
+        PciFunction {
+            config: self.bytes.to_vec(),
+            sizing: self.sizing,
+            ..Default::default()
+        }
+    }
+
+    /// Takes over what the guest wrote into the space of another machine's device.
+    ///
+    /// # Errors
+    /// It is the space of another device: it differs in what no guest can write.
+    pub fn restore(&mut self, saved: &PciFunction) -> Result<(), StateError> {
+        let other = StateError::Content("the configuration space of another device");
+        let Ok(bytes) = <[u8; 256]>::try_from(saved.config.as_slice()) else {
+            return Err(other);
+        };
+        for ((now, new), mask) in self.bytes.iter_mut().zip(bytes).zip(self.writable) {
+            if (*now ^ new) & !mask != 0 {
+                return Err(other);
+            }
+            *now = new;
+        }
+        self.sizing = saved.sizing;
+        Ok(())
+    }
+
     /// The 16 bits at `offset`.
     pub fn word(&self, offset: u8) -> u16 {
         let mut bytes = [0; 2];
@@ -155,6 +187,12 @@ impl PciDevice for HostBridge {
     }
     fn read_bar(&mut self, _: u64, _: &mut [u8]) {}
     fn write_bar(&mut self, _: u64, _: &[u8]) {}
+    fn save(&mut self) -> Result<PciFunction, InTheWay> {
+        Ok(self.0.save())
+    }
+    fn restore(&mut self, saved: &PciFunction) -> Result<(), StateError> {
+        self.0.restore(saved)
+    }
 }
 
 #[cfg(test)]
@@ -214,6 +252,23 @@ mod tests {
         assert_eq!(dword(&config, second) & 0xff00, 0);
         config.write(second, &[0xff; 4]);
         assert_eq!(dword(&config, second), 0xc000_0011);
+    }
+
+    #[test]
+    fn only_the_same_device_s_space_is_taken_over() {
+        let mut before = config();
+        before.write(COMMAND, &[6]);
+        before.write(BAR0, &[0xff; 4]);
+        let saved = before.save();
+        let mut after = config();
+        after.restore(&saved).unwrap();
+        assert_eq!(after.word(COMMAND), 6);
+        assert_eq!(dword(&after, BAR0), 0xffff_c000);
+        let mut other = saved.clone();
+        other.config[DEVICE] ^= 1;
+        assert!(config().restore(&other).is_err());
+        other.config.truncate(255);
+        assert!(config().restore(&other).is_err());
     }
 
     #[test]

@@ -6,7 +6,11 @@
 pub mod config;
 pub mod msix;
 
-use crate::memory::{MMIO_SIZE, MMIO_START};
+use crate::{
+    memory::{MMIO_SIZE, MMIO_START},
+    state::{self, StateError},
+    virtio::{DeviceError, InTheWay},
+};
 
 /// Registers relative to port 0xcf8.
 const ADDRESS: u16 = 0;
@@ -25,6 +29,31 @@ pub trait PciDevice: Send {
     fn read_bar(&mut self, offset: u64, data: &mut [u8]);
     /// Writes the memory BAR, with the same shapes.
     fn write_bar(&mut self, offset: u64, data: &[u8]);
+
+    /// Stops all work of the device's own: until [`Self::start`] it neither touches guest memory nor
+    /// interrupts.
+    fn stop(&mut self) {}
+
+    /// Goes on after [`Self::stop`], or after [`Self::restore`] where it was.
+    ///
+    /// # Errors
+    /// The host refuses, or what was restored is no state to go on from.
+    fn start(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// All that the guest could tell this device from a new one by. Called while stopped.
+    ///
+    /// # Errors
+    /// Something is under way that no other machine could go on with.
+    fn save(&mut self) -> Result<state::PciFunction, InTheWay>;
+
+    /// Takes over what [`Self::save`] of the same device of another machine returned. Called once,
+    /// on a new device.
+    ///
+    /// # Errors
+    /// It is of another device, or nothing that `save` returns; the device must be dropped.
+    fn restore(&mut self, saved: &state::PciFunction) -> Result<(), StateError>;
 }
 
 /// Where a device's one memory BAR lies.
@@ -117,6 +146,50 @@ impl PciBus {
         }
     }
 
+    /// Stops all devices, see [`PciDevice::stop`].
+    pub fn stop(&mut self) {
+        for (_, device) in &mut self.devices {
+            device.stop();
+        }
+    }
+
+    /// Lets all devices go on, see [`PciDevice::start`].
+    ///
+    /// # Errors
+    /// That of the first that cannot; the others go on.
+    pub fn start(&mut self) -> Result<(), DeviceError> {
+        let started = self.devices.iter_mut().map(|(_, device)| device.start());
+        started.fold(Ok(()), Result::and)
+    }
+
+    /// The bus and its devices, which are stopped.
+    ///
+    /// # Errors
+    /// What is in the way of the first that cannot be saved.
+    pub fn save(&mut self) -> Result<state::Bus, InTheWay> {
+        let functions = self.devices.iter_mut().map(|(_, device)| device.save());
+        Ok(state::Bus {
+            address: self.address,
+            functions: functions.collect::<Result<_, _>>()?,
+            ..Default::default()
+        })
+    }
+
+    /// Takes over what [`Self::save`] returned, into new devices in the same slots.
+    ///
+    /// # Errors
+    /// The devices are not the same, or what they remember is damaged.
+    pub fn restore(&mut self, saved: &state::Bus) -> Result<(), StateError> {
+        if saved.functions.len() != self.devices.len() {
+            return Err(StateError::Content("the machine has other devices"));
+        }
+        self.address = saved.address;
+        for ((_, device), saved) in self.devices.iter_mut().zip(&saved.functions) {
+            device.restore(saved)?;
+        }
+        Ok(())
+    }
+
     /// The device and configuration offset that an access of `length` bytes to the data port means.
     fn selected(&mut self, register: u16, length: usize) -> Option<(u8, &mut Box<dyn PciDevice>)> {
         const ENABLE: u32 = 1 << 31;
@@ -163,6 +236,16 @@ mod tests {
         fn write_bar(&mut self, _: u64, data: &[u8]) {
             self.0 = data[0];
         }
+        fn save(&mut self) -> Result<state::PciFunction, InTheWay> {
+            Ok(state::PciFunction {
+                config: vec![self.0],
+                ..Default::default()
+            })
+        }
+        fn restore(&mut self, saved: &state::PciFunction) -> Result<(), StateError> {
+            self.0 = saved.config[0];
+            Ok(())
+        }
     }
 
     fn bus() -> PciBus {
@@ -203,6 +286,19 @@ mod tests {
             assert_eq!(read(&mut bus, register, length), vec![0xff; length]);
             bus.write_port(register, &vec![0; length]);
         }
+    }
+
+    #[test]
+    fn a_bus_is_restored_slot_by_slot() {
+        let mut before = bus();
+        before.write_port(ADDRESS, &0x8000_0808u32.to_le_bytes());
+        before.write_port(DATA, &[7]);
+        let saved = before.save().unwrap();
+        let mut after = bus();
+        after.restore(&saved).unwrap();
+        assert_eq!(read(&mut after, ADDRESS, 4), 0x8000_0808u32.to_le_bytes());
+        assert_eq!(read(&mut after, DATA, 1), [15]);
+        assert!(PciBus::default().restore(&saved).is_err());
     }
 
     #[test]

@@ -10,13 +10,20 @@
 //! A device is owned by its transport, which calls it on a vCPU's thread with the bus locked. Work on
 //! queues happens on threads of the device's own, which report what they cannot accept to the
 //! machine's [`Ending`](crate::vm::ending::Ending) and return.
+//!
+//! A machine is saved in three steps, devices first: `stop`, which hands the queues back; then `save`
+//! of transport and device; then it goes on with the same queues. A new machine's device takes the
+//! other way in, `restore` and `activate`, and notices no difference.
 
+#[cfg(test)]
+mod contract;
 pub mod pci;
 pub mod queue;
+mod saved;
 
 use std::io;
 
-use crate::memory::GuestRam;
+use crate::{memory::GuestRam, state::StateError};
 use queue::{Queue, QueueError};
 
 /// Feature bits (§6).
@@ -78,11 +85,15 @@ pub enum DeviceError {
     },
 }
 
+/// What keeps a machine from being saved.
+#[derive(Debug, thiserror::Error)]
+#[error("{device}: {what}")]
+pub struct InTheWay {
+    pub device: &'static str,
+    pub what: String,
+}
+
 /// A virtio device.
-///
-/// Saving a device will be: `stop`, the queues' positions, and what the device itself remembers;
-/// restoring it: the same through `activate`. So `stop` hands the queues back, and `activate` must
-/// take queues that are not new.
 pub trait VirtioDevice: Send {
     fn kind(&self) -> Kind;
 
@@ -109,4 +120,24 @@ pub trait VirtioDevice: Send {
 
     /// Forgets what the driver has made it remember. Called while stopped or inactive.
     fn reset(&mut self) {}
+
+    /// What the device remembers beside its queues, for [`Self::restore`]. Called while stopped or
+    /// inactive; changes nothing.
+    ///
+    /// # Errors
+    /// Something is under way that no other machine could go on with.
+    fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
+        Ok(Vec::new())
+    }
+
+    /// Remembers what [`Self::save`] of another machine's device has written. Called on a new device.
+    ///
+    /// # Errors
+    /// The bytes are none that `save` writes; the device must be dropped.
+    fn restore(&mut self, saved: &[u8]) -> Result<(), StateError> {
+        match saved {
+            [] => Ok(()),
+            _ => Err(StateError::Content("a device remembers what it cannot")),
+        }
+    }
 }

@@ -15,7 +15,8 @@ use virtio_queue::{Queue as Ring, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, DeviceError, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Kind, VirtioDevice,
+    Activation, DeviceError, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, InTheWay, Kind,
+    VirtioDevice,
     queue::{Interrupt, Queue, QueueError},
 };
 use crate::{
@@ -25,6 +26,7 @@ use crate::{
         config::{ConfigSpace, Identity},
         msix::{self, MessageSink, Msix},
     },
+    state::{PciFunction, StateError},
     vm::ending::{Cause, Ending},
 };
 
@@ -54,36 +56,38 @@ const CFG_DEVICE: u8 = 4;
 
 /// Device status (§2.1).
 const STATUS_FEATURES_OK: u8 = 8;
-const STATUS_DRIVER_OK: u8 = 4;
-const STATUS_NEEDS_RESET: u8 = 64;
+pub(super) const STATUS_DRIVER_OK: u8 = 4;
+pub(super) const STATUS_NEEDS_RESET: u8 = 64;
 
 const NO_VECTOR: u16 = 0xffff;
 const FEATURES: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC;
 
-/// A queue while the driver configures it.
-struct QueueSetup {
-    ring: Ring,
-    vector: u16,
-    doorbell: EventFd,
+/// A queue while the driver configures it, and while the device is stopped.
+pub(super) struct QueueSetup {
+    pub(super) ring: Ring,
+    pub(super) vector: u16,
+    pub(super) doorbell: EventFd,
 }
 
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
-    config: ConfigSpace,
-    msix: Arc<Msix>,
-    msix_capability: u8,
-    ram: GuestRam,
-    ending: Ending,
-    device: Box<dyn VirtioDevice>,
-    kind: Kind,
-    queues: Vec<QueueSetup>,
-    status: u8,
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    driver_features: u64,
-    config_vector: u16,
-    queue_select: u16,
-    bar: Bar,
+    pub(super) config: ConfigSpace,
+    pub(super) msix: Arc<Msix>,
+    pub(super) msix_capability: u8,
+    pub(super) ram: GuestRam,
+    pub(super) ending: Ending,
+    pub(super) device: Box<dyn VirtioDevice>,
+    pub(super) kind: Kind,
+    pub(super) queues: Vec<QueueSetup>,
+    pub(super) status: u8,
+    pub(super) device_feature_select: u32,
+    pub(super) driver_feature_select: u32,
+    pub(super) driver_features: u64,
+    pub(super) config_vector: u16,
+    pub(super) queue_select: u16,
+    pub(super) bar: Bar,
+    /// The device was stopped and gave all its queues back.
+    pub(super) stopped_whole: bool,
 }
 
 impl VirtioPci {
@@ -159,6 +163,7 @@ impl VirtioPci {
             config_vector: NO_VECTOR,
             queue_select: 0,
             bar,
+            stopped_whole: true,
         })
     }
 
@@ -252,7 +257,7 @@ impl VirtioPci {
     }
 
     /// A vector reads back as "none" when the device does not have it (§4.1.5.1.3).
-    fn existing_vector(&self, value: u32) -> u16 {
+    pub(super) fn existing_vector(&self, value: u32) -> u16 {
         match u16::try_from(value) {
             Ok(vector) if usize::from(vector) <= self.queues.len() => vector,
             _ => NO_VECTOR,
@@ -290,12 +295,12 @@ impl VirtioPci {
     }
 
     /// Only what was offered, and never a device from before virtio 1.
-    fn features_acceptable(&self) -> bool {
+    pub(super) fn features_acceptable(&self) -> bool {
         let features = self.driver_features;
         features & F_VERSION_1 != 0 && features & !self.offered_features() == 0
     }
 
-    fn activate(&mut self) -> Result<(), DeviceError> {
+    pub(super) fn activate(&mut self) -> Result<(), DeviceError> {
         let device = self.kind.name;
         if self.status & STATUS_FEATURES_OK == 0 {
             let what = "DRIVER_OK before the features were agreed on";
@@ -358,8 +363,7 @@ impl VirtioPci {
     fn ring(&mut self, offset: u64) {
         let index = (offset / DOORBELL_STEP) as u16;
         let exists = usize::from(index) < self.queues.len();
-        let active = self.status & STATUS_DRIVER_OK != 0 && self.status & STATUS_NEEDS_RESET == 0;
-        if self.kind.doorbells || !exists || !active {
+        if self.kind.doorbells || !exists || !self.is_active() {
             return;
         }
         if let Err(e) = self.device.notify(index) {
@@ -422,6 +426,22 @@ impl PciDevice for VirtioPci {
             MSIX_TABLE..MSIX_PENDING => self.msix.write_table(offset - MSIX_TABLE, data),
             _ => {}
         }
+    }
+
+    fn stop(&mut self) {
+        self.stop_device();
+    }
+
+    fn start(&mut self) -> Result<(), DeviceError> {
+        self.start_device()
+    }
+
+    fn save(&mut self) -> Result<PciFunction, InTheWay> {
+        self.save_all()
+    }
+
+    fn restore(&mut self, saved: &PciFunction) -> Result<(), StateError> {
+        self.restore_all(saved)
     }
 }
 

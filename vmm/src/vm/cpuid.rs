@@ -21,6 +21,20 @@ pub(super) fn of_vcpu(supported: &CpuId, index: u8, count: u8) -> CpuId {
     cpuid
 }
 
+/// The first leaf, as function and index, that is not the same in both; None when all are.
+pub(super) fn difference(one: &CpuId, other: &CpuId) -> Option<(u32, u32)> {
+    let (one, other) = (one.as_slice(), other.as_slice());
+    let missing = |from: &[kvm_cpuid_entry2], of: &[kvm_cpuid_entry2]| {
+        let leaf = of.iter().find(|leaf| !from.contains(leaf))?;
+        Some((leaf.function, leaf.index))
+    };
+    // Mostly they lie in the same order too.
+    match one == other {
+        true => None,
+        false => missing(other, one).or_else(|| missing(one, other)),
+    }
+}
+
 fn restrict(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         0x1 => {
@@ -136,6 +150,18 @@ mod tests {
         assert_eq!(leaf(&cpuid, 0xa, 0).eax, 0);
         assert_eq!(leaf(&cpuid, 0x8000_000a, 0).edx, 0);
         assert_eq!(leaf(&cpuid, 0x6, 0).eax, 4);
+    }
+
+    #[test]
+    fn a_leaf_that_differs_is_named() {
+        let one = of_vcpu(&supported(), 0, 1);
+        assert_eq!(difference(&one, &one.clone()), None);
+        let mut other = one.clone();
+        other.as_mut_slice()[5].ecx ^= 1;
+        assert_eq!(difference(&one, &other), Some((0x8000_0001, 0)));
+        let fewer = CpuId::from_entries(&one.as_slice()[1..]).unwrap();
+        assert_eq!(difference(&one, &fewer), Some((0x1, 0)));
+        assert_eq!(difference(&fewer, &one), Some((0x1, 0)));
     }
 
     #[test]

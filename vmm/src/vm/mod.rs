@@ -8,13 +8,23 @@
 
 pub mod boot_params;
 mod bus;
+mod clock;
 mod coalesced;
 mod cpuid;
 pub mod ending;
 pub mod kernel;
 mod mp_table;
+mod plain;
 mod registers;
+mod restore;
+mod save;
 pub mod vcpu;
+mod vcpu_state;
+
+pub use self::{
+    restore::{RestoreConfig, RestoreError},
+    save::SaveError,
+};
 
 use std::{
     fs::File,
@@ -24,7 +34,7 @@ use std::{
 };
 
 use kvm_bindings::{
-    KVM_API_VERSION, KVM_CAP_COALESCED_PIO, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
+    CpuId, KVM_API_VERSION, KVM_CAP_COALESCED_PIO, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
     kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -33,7 +43,7 @@ use self::{
     bus::GuestBus,
     coalesced::CoalescedWrites,
     ending::Ending,
-    vcpu::{StuckVcpus, Vcpus},
+    vcpu::{StuckVcpus, Vcpu, Vcpus},
 };
 use crate::{
     devices::{
@@ -140,7 +150,7 @@ impl BuildError {
         use kernel::KernelError;
         match self {
             Self::Vcpus(_) | Self::NotKvm(_) => true,
-            Self::Memory(e) => matches!(e, MemoryError::Size(_)),
+            Self::Memory(e) => e.is_clients(),
             Self::Kernel(e) => !matches!(e, KernelError::Io { .. } | KernelError::Load(_)),
             Self::BootParams(e) => !matches!(
                 e,
@@ -156,55 +166,39 @@ impl BuildError {
 
 /// A machine that was started.
 pub struct Vm {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
     vcpus: Vcpus,
+    pci: Arc<Mutex<PciBus>>,
     console: Arc<Mutex<Console>>,
     dialer: Dialer,
     ending: Ending,
     // Keeps the memory mapped as long as anything of the machine lives.
-    _ram: GuestRam,
+    ram: GuestRam,
+}
+
+/// The machine around its vCPUs: memory and devices, nothing of which works yet.
+struct Chassis {
+    kvm: Kvm,
+    fd: Arc<VmFd>,
+    pci: PciBus,
+    console: Arc<Mutex<Console>>,
+    dialer: Dialer,
+    ending: Ending,
+    ram: GuestRam,
 }
 
 impl Vm {
     /// Builds the machine and starts its vCPUs.
     pub fn boot(config: Config, files: Arc<FileServer>) -> Result<Self, BuildError> {
-        let regions = memory::layout(config.memory_bytes);
+        let regions = memory::layout(config.memory_bytes)?;
         let low_end = regions.first().map_or(0, |(_, length)| *length);
         let ram = memory::allocate(config.memory_bytes)?;
         let entry = load(&config, &ram, &regions, low_end)?;
         let kvm = open(config.kvm)?;
-        let vm = Arc::new(create_vm(&kvm, &ram)?);
-        let vcpus = create_vcpus(&kvm, &vm, config.vcpus, entry)?;
-        let coalesced = coalesce(&vm, vcpus.first())?;
-
-        let ending = Ending::default();
-        let console: Arc<Mutex<Console>> = Arc::default();
-        let (vsock, dialer) = Vsock::new(config.agent, ending.clone())?;
-        let slots: [Box<dyn VirtioDevice>; 3] = [
-            Box::new(vsock),
-            Box::new(FsDevice::new(files, ending.clone())),
-            Box::new(Rng::default()),
-        ];
-        let mut pci = populate(slots, &vm, &ram, &ending)?;
-        let bar = pci.place_bar(pvpanic::BAR_SIZE)?;
-        let pvpanic = Pvpanic::new(bar, ending.clone(), Arc::clone(&console));
-        pci.add(Some(bar), Box::new(pvpanic))?;
-
-        let bus = GuestBus {
-            pci: Arc::new(Mutex::new(pci)),
-            console: Arc::clone(&console),
-            reset_port: ResetPort {
-                ending: ending.clone(),
-                console: Arc::clone(&console),
-            },
-            coalesced,
-        };
-        Ok(Self {
-            vcpus: Vcpus::start(vcpus, bus, ending.clone())?,
-            console,
-            dialer,
-            ending,
-            _ram: ram,
-        })
+        let fd = Arc::new(create_vm(&kvm, &ram)?);
+        let vcpus = create_vcpus(&kvm, &fd, config.vcpus, entry)?;
+        Chassis::assemble(kvm, fd, ram, config.agent, files)?.start(vcpus)
     }
 
     pub fn ending(&self) -> &Ending {
@@ -246,6 +240,64 @@ impl Vm {
     }
 }
 
+impl Chassis {
+    /// Puts the devices on the bus of a VM whose vCPUs exist.
+    fn assemble(
+        kvm: Kvm,
+        fd: Arc<VmFd>,
+        ram: GuestRam,
+        agent: OwnedFd,
+        files: Arc<FileServer>,
+    ) -> Result<Self, BuildError> {
+        let ending = Ending::default();
+        let console: Arc<Mutex<Console>> = Arc::default();
+        let (vsock, dialer) = Vsock::new(agent, ending.clone())?;
+        let slots: [Box<dyn VirtioDevice>; 3] = [
+            Box::new(vsock),
+            Box::new(FsDevice::new(files, ending.clone())),
+            Box::new(Rng::default()),
+        ];
+        let mut pci = populate(slots, &fd, &ram, &ending)?;
+        let bar = pci.place_bar(pvpanic::BAR_SIZE)?;
+        let pvpanic = Pvpanic::new(bar, ending.clone(), Arc::clone(&console));
+        pci.add(Some(bar), Box::new(pvpanic))?;
+        Ok(Self {
+            kvm,
+            fd,
+            pci,
+            console,
+            dialer,
+            ending,
+            ram,
+        })
+    }
+
+    /// Lets the vCPUs run.
+    fn start(self, vcpus: Vec<Vcpu>) -> Result<Vm, BuildError> {
+        let coalesced = coalesce(&self.fd, vcpus.first().map(|vcpu| &vcpu.fd))?;
+        let pci = Arc::new(Mutex::new(self.pci));
+        let bus = GuestBus {
+            pci: Arc::clone(&pci),
+            console: Arc::clone(&self.console),
+            reset_port: ResetPort {
+                ending: self.ending.clone(),
+                console: Arc::clone(&self.console),
+            },
+            coalesced,
+        };
+        Ok(Vm {
+            kvm: self.kvm,
+            fd: self.fd,
+            vcpus: Vcpus::start(vcpus, bus, self.ending.clone())?,
+            pci,
+            console: self.console,
+            dialer: self.dialer,
+            ending: self.ending,
+            ram: self.ram,
+        })
+    }
+}
+
 /// Takes the descriptor of /dev/kvm, and makes sure it is one that can run a kernel.
 fn open(fd: OwnedFd) -> Result<Kvm, BuildError> {
     // SAFETY: the descriptor is owned and passes its ownership on.
@@ -261,6 +313,7 @@ fn open(fd: OwnedFd) -> Result<Kvm, BuildError> {
         (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
         (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+        (Cap::Xsave2, "KVM_CAP_XSAVE2"),
     ] {
         if !kvm.check_extension(cap) {
             return Err(BuildError::Lacks(name));
@@ -331,24 +384,33 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, KvmError> {
 }
 
 /// The vCPUs, ready to run; the first at the kernel's `entry`.
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))?;
+fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<Vcpu>, KvmError> {
+    let supported = supported_cpuid(kvm)?;
     let mut vcpus = Vec::new();
     for index in 0..count {
-        let vcpu = vm
-            .create_vcpu(index.into())
-            .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&cpuid::of_vcpu(&supported, index, count))
-            .map_err(KvmError::of("KVM_SET_CPUID2"))?;
-        registers::prepare(&vcpu)?;
+        let vcpu = create_vcpu(vm, index, cpuid::of_vcpu(&supported, index, count))?;
+        registers::prepare(&vcpu.fd)?;
         if index == 0 {
-            registers::start_at(&vcpu, entry)?;
+            registers::start_at(&vcpu.fd, entry)?;
         }
         vcpus.push(vcpu);
     }
     Ok(vcpus)
+}
+
+fn create_vcpu(vm: &VmFd, index: u8, cpuid: CpuId) -> Result<Vcpu, KvmError> {
+    let fd = vm
+        .create_vcpu(index.into())
+        .map_err(KvmError::of("KVM_CREATE_VCPU"))?;
+    fd.set_cpuid2(&cpuid)
+        .map_err(KvmError::of("KVM_SET_CPUID2"))?;
+    let index = index.into();
+    Ok(Vcpu { index, fd, cpuid })
+}
+
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, KvmError> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::of("KVM_GET_SUPPORTED_CPUID"))
 }
 
 /// Has KVM collect port writes, where it can.

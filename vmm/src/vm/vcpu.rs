@@ -4,6 +4,8 @@
 //! gate's keeper changes it first and then sends each thread a signal, whose handler sets
 //! `immediate_exit` in that thread's `kvm_run` page. If the signal arrives between the thread's look
 //! at the gate and KVM_RUN, the flag makes KVM_RUN return at once: no request can be missed.
+//!
+//! While they are paused, errands can be run on their threads: that is how their state is saved.
 
 use std::{
     cell::Cell,
@@ -13,12 +15,13 @@ use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, AtomicU64, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{CpuId, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use tokio::sync::watch;
 
@@ -66,9 +69,19 @@ impl Exits {
     }
 }
 
+/// A paused vCPU's thread does this once.
+type Errand = Box<dyn FnOnce(&Vcpu) + Send>;
+
+/// What the vCPUs are told.
+struct Orders {
+    gate: Gate,
+    /// For each vCPU by index, while paused.
+    errands: Vec<Option<Errand>>,
+}
+
 /// What all vCPU threads share.
 struct Shared {
-    gate: Mutex<Gate>,
+    orders: Mutex<Orders>,
     gate_changed: Condvar,
     /// Mirrors `gate`, for a look at it without the lock on every exit.
     glance: AtomicU8,
@@ -94,17 +107,16 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts a thread for each vCPU; they run the guest at once.
-    pub(super) fn start(
-        vcpus: Vec<VcpuFd>,
-        bus: GuestBus,
-        ending: Ending,
-    ) -> Result<Self, KvmError> {
+    pub(super) fn start(vcpus: Vec<Vcpu>, bus: GuestBus, ending: Ending) -> Result<Self, KvmError> {
         install_kick_handler().map_err(|cause| KvmError {
             call: "sigaction",
             cause,
         })?;
         let shared = Arc::new(Shared {
-            gate: Mutex::new(Gate::Run),
+            orders: Mutex::new(Orders {
+                gate: Gate::Run,
+                errands: vcpus.iter().map(|_| None).collect(),
+            }),
             gate_changed: Condvar::new(),
             glance: AtomicU8::new(Gate::Run as u8),
             running: watch::Sender::new(0),
@@ -116,12 +128,12 @@ impl Vcpus {
             shared,
             threads: Vec::new(),
         };
-        for (index, fd) in vcpus.into_iter().enumerate() {
+        for vcpu in vcpus {
             let shared = Arc::clone(&started.shared);
             let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
+                .name(format!("vcpu{}", vcpu.index))
                 .stack_size(256 << 10)
-                .spawn(move || Vcpu { index, fd }.live(&shared))
+                .spawn(move || vcpu.live(&shared))
                 .map_err(|cause| KvmError {
                     call: "start a vCPU thread",
                     cause,
@@ -156,7 +168,34 @@ impl Vcpus {
 
     /// Whether they were told to pause.
     pub fn paused(&self) -> bool {
-        *lock(&self.shared.gate) == Gate::Pause
+        lock(&self.shared.orders).gate == Gate::Pause
+    }
+
+    /// Has every vCPU's thread do `errand`, all at the same time, and returns what came of it, by
+    /// vCPU. None while they are not all paused, or when one does not answer in time.
+    pub(super) fn on_each<T: Send + 'static>(
+        &self,
+        errand: impl Fn(&Vcpu) -> T + Clone + Send + 'static,
+    ) -> Option<Vec<T>> {
+        let mut orders = lock(&self.shared.orders);
+        if orders.gate != Gate::Pause || *self.shared.running.borrow() != 0 {
+            return None;
+        }
+        let mut answers = Vec::new();
+        for place in &mut orders.errands {
+            let (sender, answer) = mpsc::channel();
+            let errand = errand.clone();
+            *place = Some(Box::new(move |vcpu: &Vcpu| {
+                // Whoever asked may have given up.
+                let _ = sender.send(errand(vcpu));
+            }));
+            answers.push(answer);
+        }
+        drop(orders);
+        self.shared.gate_changed.notify_all();
+        let answers = answers.into_iter();
+        let answers = answers.map(|answer| answer.recv_timeout(GATE_TIMEOUT).ok());
+        answers.collect()
     }
 
     pub fn exits(&self) -> &Exits {
@@ -164,14 +203,14 @@ impl Vcpus {
     }
 
     fn set_gate(&self, wanted: Gate) {
-        let mut gate = lock(&self.shared.gate);
-        if *gate == Gate::Quit {
+        let mut orders = lock(&self.shared.orders);
+        if orders.gate == Gate::Quit {
             return;
         }
-        *gate = wanted;
+        orders.gate = wanted;
         self.shared.glance.store(wanted as u8, Ordering::SeqCst);
         self.shared.gate_changed.notify_all();
-        drop(gate);
+        drop(orders);
         if wanted == Gate::Run {
             return;
         }
@@ -194,15 +233,28 @@ impl Vcpus {
 }
 
 /// One vCPU, on its own thread.
-struct Vcpu {
-    index: usize,
-    fd: VcpuFd,
+pub(super) struct Vcpu {
+    pub(super) index: usize,
+    pub(super) fd: VcpuFd,
+    /// As it was set: KVM changes what can be read with the guest's state.
+    pub(super) cpuid: CpuId,
+}
+
+/// What follows an exit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// The guest goes on.
+    Enter,
+    /// Nothing was asked for: someone wants the gate looked at.
+    Look,
+    /// The machine has ended.
+    End,
 }
 
 impl Vcpu {
     fn live(mut self, shared: &Shared) {
         KVM_RUN.set(ptr::from_mut(self.fd.get_kvm_run()));
-        while pass_gate(shared) {
+        while self.pass_gate(shared) {
             let ended = self.run_guest(shared);
             shared
                 .running
@@ -221,23 +273,31 @@ impl Vcpu {
             if shared.glance.load(Ordering::SeqCst) != Gate::Run as u8 {
                 return self.complete_access(shared);
             }
-            if self.run_once(shared) {
+            if self.run_once(shared) == Next::End {
                 return true;
             }
         }
     }
 
-    /// A port or MMIO read is only over when KVM_RUN is entered again: afterwards the vCPU's state is
-    /// whole and can be saved.
+    /// A port or MMIO access is only over when KVM_RUN is entered again, which may want another part
+    /// of it: afterwards the vCPU's state is whole and can be saved.
     fn complete_access(&mut self, shared: &Shared) -> bool {
-        self.fd.set_kvm_immediate_exit(1);
-        let ended = self.run_once(shared);
-        self.fd.set_kvm_immediate_exit(0);
-        ended
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            let next = self.run_once(shared);
+            self.fd.set_kvm_immediate_exit(0);
+            if next != Next::Enter {
+                return next == Next::End;
+            }
+        }
     }
 
-    /// Enters the guest once and serves its exit; true when the machine has ended.
-    fn run_once(&mut self, shared: &Shared) -> bool {
+    /// Enters the guest once and serves its exit.
+    fn run_once(&mut self, shared: &Shared) -> Next {
+        let next = |or| match shared.ending.has_come() {
+            true => Next::End,
+            false => or,
+        };
         let Shared {
             exits, bus, ending, ..
         } = shared;
@@ -261,9 +321,9 @@ impl Vcpu {
                 &exits.mmio_writes
             }
             // A request to look at the gate.
-            Ok(VcpuExit::Intr) => return ending.has_come(),
+            Ok(VcpuExit::Intr) => return next(Next::Look),
             Err(e) if [libc::EINTR, libc::EAGAIN].contains(&e.errno()) => {
-                return ending.has_come();
+                return next(Next::Look);
             }
             Ok(VcpuExit::Shutdown) => {
                 let detail = self.registers();
@@ -289,7 +349,32 @@ impl Vcpu {
             }
         };
         counter.fetch_add(1, Ordering::Relaxed);
-        ending.has_come()
+        next(Next::Enter)
+    }
+
+    /// Waits at the gate, and runs errands there; false when it says to quit. Behind it the thread
+    /// counts as running.
+    fn pass_gate(&self, shared: &Shared) -> bool {
+        let mut orders = lock(&shared.orders);
+        while orders.gate == Gate::Pause {
+            let errand = orders.errands.get_mut(self.index).and_then(Option::take);
+            orders = match errand {
+                Some(errand) => {
+                    drop(orders);
+                    errand(self);
+                    lock(&shared.orders)
+                }
+                None => {
+                    let waited = shared.gate_changed.wait(orders);
+                    waited.unwrap_or_else(PoisonError::into_inner)
+                }
+            };
+        }
+        let open = orders.gate == Gate::Run;
+        if open {
+            shared.running.send_modify(|running| *running += 1);
+        }
+        open
     }
 
     /// KVM_EXIT_INTERNAL_ERROR in words (Linux `Documentation/virt/kvm/api.rst`).
@@ -328,25 +413,9 @@ impl Vcpu {
     }
 }
 
-/// Waits at the gate; false when it says to quit. Behind it the thread counts as running.
-fn pass_gate(shared: &Shared) -> bool {
-    let mut gate = lock(&shared.gate);
-    while *gate == Gate::Pause {
-        gate = shared
-            .gate_changed
-            .wait(gate)
-            .unwrap_or_else(PoisonError::into_inner);
-    }
-    let open = *gate == Gate::Run;
-    if open {
-        shared.running.send_modify(|running| *running += 1);
-    }
-    open
-}
-
-/// The gate is a plain value: it is whole even if a holder panicked.
-fn lock(gate: &Mutex<Gate>) -> MutexGuard<'_, Gate> {
-    gate.lock().unwrap_or_else(PoisonError::into_inner)
+/// Orders are plain values: they are whole even if a holder panicked.
+fn lock(orders: &Mutex<Orders>) -> MutexGuard<'_, Orders> {
+    orders.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 thread_local! {

@@ -43,6 +43,7 @@ use super::{
 };
 use crate::{
     memory::VolatileSlice,
+    state,
     virtio::queue::{split, total},
 };
 
@@ -155,6 +156,63 @@ impl Connection {
             hung_up: false,
             shutdown_told: 0,
             queued: false,
+        }
+    }
+
+    /// A connection at rest, or why it is not, in words.
+    pub(super) fn save(&self) -> Result<state::VsockConnection, String> {
+        let open = self.phase == Phase::Established
+            && self.to_guest_open
+            && self.to_host == ToHost::Open
+            && !self.hung_up
+            && self.shutdown_told == 0;
+        if !open {
+            return Err("the agent's connection is being closed".to_owned());
+        }
+        if !self.backlog.is_empty() {
+            let bytes = self.backlog.len();
+            return Err(format!("{bytes} bytes of the agent's wait for the host"));
+        }
+        match self.socket.peek() {
+            Transfer::Bytes(_) => return Err("bytes for the agent wait for the guest".to_owned()),
+            Transfer::Over => return Err("the host has closed the agent's connection".to_owned()),
+            Transfer::NotNow => {}
+        }
+        Ok(state::VsockConnection {
+            host_port: self.ports.host,
+            guest_port: self.ports.guest,
+            sent: self.sent.0,
+            guest_buffer: self.guest_buffer,
+            guest_taken: self.guest_taken.0,
+            received: self.received.0,
+            forwarded_told: self.forwarded_told.0,
+            owes_response: self.owed.response,
+            owes_credit: self.owed.credit,
+            ..Default::default()
+        })
+    }
+
+    /// Goes on with a saved connection at another socket. The numbers bind nobody but the guest they
+    /// came from: whatever they are, no more is buffered than [`BUFFER`].
+    pub(super) fn restore(socket: HostSocket, saved: &state::VsockConnection) -> Self {
+        let ports = Ports {
+            host: saved.host_port,
+            guest: saved.guest_port,
+        };
+        let owed = Owed {
+            response: saved.owes_response,
+            credit: saved.owes_credit,
+            ..Owed::default()
+        };
+        Self {
+            sent: Wrapping(saved.sent),
+            guest_buffer: saved.guest_buffer,
+            guest_taken: Wrapping(saved.guest_taken),
+            received: Wrapping(saved.received),
+            // The backlog is empty.
+            forwarded: Wrapping(saved.received),
+            forwarded_told: Wrapping(saved.forwarded_told),
+            ..Self::new(socket, ports, Phase::Established, owed)
         }
     }
 

@@ -4,11 +4,12 @@
 //! ports come through the [`Dialer`], from the service's thread.
 //!
 //! `packet` is the wire format, `socket` the host's end, `connection` one stream's life, `muxer` all
-//! of them; here are the device and its thread.
+//! of them, `saved` what of it a clone takes over; here are the device and its thread.
 
 mod connection;
 mod muxer;
 mod packet;
+mod saved;
 mod socket;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use std::{
 };
 
 use husk_proto::GUEST_CID;
+use protobuf::Message;
 use vmm_sys_util::{
     epoll::{ControlOperation, EpollEvent, EventSet},
     eventfd::EventFd,
@@ -35,8 +37,9 @@ use self::{
 };
 use crate::{
     memory::GuestRam,
+    state::{self, StateError},
     virtio::{
-        Activation, DeviceError, ID_VSOCK, Kind, VirtioDevice,
+        Activation, DeviceError, ID_VSOCK, InTheWay, Kind, VirtioDevice,
         queue::{Queue, QueueError, fill, split},
     },
     vm::ending::{Cause, Ending},
@@ -211,6 +214,33 @@ impl VirtioDevice for Vsock {
             muxer.reset();
         }
     }
+
+    fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
+        let in_the_way = |what| InTheWay { device: NAME, what };
+        let State::Inactive(muxer) = &self.state else {
+            return Err(in_the_way("it has failed".to_owned()));
+        };
+        let waiting = self
+            .doorway
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, port)) = waiting.first() {
+            return Err(in_the_way(format!("port {port} is being dialled")));
+        }
+        let saved = muxer.save().map_err(in_the_way)?;
+        saved
+            .write_to_bytes()
+            .map_err(|e| in_the_way(e.to_string()))
+    }
+
+    fn restore(&mut self, saved: &[u8]) -> Result<(), StateError> {
+        let saved = state::Vsock::parse_from_bytes(saved)?;
+        match &mut self.state {
+            State::Inactive(muxer) => muxer.restore(&saved),
+            _ => Err(StateError::Content("a vsock device in use")),
+        }
+    }
 }
 
 /// What the device's thread owns.
@@ -265,9 +295,20 @@ impl Thread {
             }
             // Not earlier: the sockets' events come once.
             if stopping {
-                return Ok(());
+                return self.leave();
             }
         }
+    }
+
+    /// Takes what the guest had sent before the device was stopped: at most a whole queue, for a guest
+    /// that still runs may send on.
+    fn leave(&mut self) -> Result<(), DeviceError> {
+        for _ in 0..=usize::from(self.transmit.state().size) / BATCH {
+            if !self.take_packets()? {
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// Someone came to the doorway; true when the thread is to end.

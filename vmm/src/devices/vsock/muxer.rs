@@ -31,7 +31,7 @@ const RESETS_MAX: usize = 256;
 /// Packets a connection may send before the next one has its turn.
 const BURST: u32 = 16;
 /// Host ports of connections that the host dials, clear of every port with a meaning.
-const FIRST_HOST_PORT: u32 = 1 << 30;
+pub(super) const FIRST_HOST_PORT: u32 = 1 << 30;
 
 pub(super) struct Muxer {
     /// Sockets are watched edge-triggered, with the connection's place as the event's data.
@@ -61,6 +61,33 @@ impl Muxer {
             agent: Some(agent),
             next_host_port: FIRST_HOST_PORT,
         })
+    }
+
+    /// Every connection that is not over.
+    pub(super) fn connections(&self) -> impl Iterator<Item = &Connection> {
+        self.places.iter().flatten()
+    }
+
+    /// Resets for packets that belong to nothing.
+    pub(super) fn resets_owed(&self) -> &VecDeque<Header> {
+        &self.resets
+    }
+
+    /// The socket for the guest's first connection, until it comes.
+    pub(super) fn agent(&self) -> Option<&OwnedFd> {
+        self.agent.as_ref()
+    }
+
+    pub(super) fn take_agent(&mut self) -> Option<OwnedFd> {
+        self.agent.take()
+    }
+
+    pub(super) fn next_host_port(&self) -> u32 {
+        self.next_host_port
+    }
+
+    pub(super) fn set_next_host_port(&mut self, port: u32) {
+        self.next_host_port = port;
     }
 
     /// Where sockets are watched. The thread adds events of its own, with data from
@@ -178,7 +205,7 @@ impl Muxer {
         matches!(self.places.get(place), Some(Some(connection)) if connection.has_packet())
     }
 
-    fn add(&mut self, connection: Connection) {
+    pub(super) fn add(&mut self, connection: Connection) {
         let live = self.places.len() - self.free.len();
         if live >= CONNECTIONS_MAX {
             log::warn!("vsock: {live} connections are open, one more is refused");

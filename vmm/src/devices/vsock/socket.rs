@@ -65,6 +65,15 @@ impl HostSocket {
         outcome(sent)
     }
 
+    /// What receiving would come to, without receiving.
+    pub(super) fn peek(&self) -> Transfer {
+        let mut byte = 0u8;
+        let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+        // SAFETY: room for the one byte asked for.
+        let peeked = unsafe { libc::recv(self.0.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
+        outcome(peeked)
+    }
+
     fn transfer(
         &self,
         slices: &[VolatileSlice<'_>],

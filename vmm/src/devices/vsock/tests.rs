@@ -455,3 +455,55 @@ fn packets_go_into_room_of_any_shape() {
     let (taken, given) = serve(b"", &room, &[]);
     assert!(!taken.unwrap() && !given.unwrap());
 }
+
+#[test]
+fn a_guest_that_has_not_dialled_yet_dials_the_clones_host() {
+    let saved = Guest::new().muxer.save().unwrap();
+    let mut clone = Guest::new();
+    clone.muxer.restore(&saved).unwrap();
+    clone.send(AGENT_PORT, OP_REQUEST, 0, b"");
+    assert_eq!(clone.receive_ops(), [(OP_RESPONSE, 0)]);
+    clone.send(AGENT_PORT, OP_RW, 0, b"hello");
+    assert_eq!(read_all(&mut clone.agent), b"hello");
+}
+
+#[test]
+fn an_agents_connection_that_is_over_stays_over() {
+    let mut guest = Guest::new();
+    guest.send(AGENT_PORT, OP_REQUEST, 0, b"");
+    guest.send(AGENT_PORT, OP_RST, 0, b"");
+    let mut clone = Guest::new();
+    clone.muxer.restore(&guest.muxer.save().unwrap()).unwrap();
+    assert!(at_end(&mut clone.agent));
+}
+
+#[test]
+fn only_the_agents_connection_at_rest_is_saved() {
+    let (guest, _host, _) = Guest::connected();
+    assert!(guest.muxer.save().unwrap_err().contains("1025"));
+
+    let mut guest = Guest::new();
+    guest.send(AGENT_PORT, OP_REQUEST, 0, b"");
+    assert!(guest.muxer.save().unwrap().agent.owes_response);
+    guest.receive_ops();
+    guest.agent.write_all(b"x").unwrap();
+    assert!(
+        guest
+            .muxer
+            .save()
+            .unwrap_err()
+            .contains("wait for the guest")
+    );
+    assert_eq!(guest.receive().unwrap().1, b"x");
+    assert!(!guest.muxer.save().unwrap().agent.owes_response);
+    guest.send(AGENT_PORT, OP_SHUTDOWN, SHUTDOWN_SEND, b"");
+    assert!(guest.muxer.save().unwrap_err().contains("being closed"));
+
+    let mut guest = Guest::new();
+    guest.send(AGENT_PORT, OP_REQUEST, 0, b"");
+    drop(std::mem::replace(
+        &mut guest.agent,
+        UnixStream::pair().unwrap().0,
+    ));
+    assert!(guest.muxer.save().unwrap_err().contains("host has closed"));
+}

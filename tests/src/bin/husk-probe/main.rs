@@ -5,7 +5,10 @@
 //! * `husk-probe tree DIR`: lists a tree with all that can be known of each entry.
 //! * `husk-probe lock FILE`: says "locked" and holds the lock until the end of its input, or says "held".
 //! * `husk-probe reread`: prints again, from its beginning, the file that its input is.
-//! * as PID 1 of a guest, the agent of a test: ends as it is told, or never answers anybody.
+//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
+//!   answers anybody.
+
+mod guest;
 
 use std::{
     collections::BTreeMap,
@@ -44,6 +47,11 @@ fn be_init() {
     let done = match env::var("husk_probe").as_deref() {
         Ok("power-off") => reboot(RebootCommand::PowerOff),
         Ok("reset") => reboot(RebootCommand::Restart),
+        Ok("serve") => {
+            let workers = env::var("husk_workers").ok();
+            let workers = workers.and_then(|count| count.parse().ok());
+            panic!("{:?}", guest::serve(workers.unwrap_or(0)));
+        }
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
         _ => loop {

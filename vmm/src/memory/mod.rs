@@ -4,6 +4,8 @@
 //! reference into guest memory: the guest changes it at any time, so it is only copied in and out
 //! through volatile slices.
 
+pub mod image;
+
 use std::{fs::File, io, num::NonZeroU64, os::fd::AsRawFd, ptr};
 
 pub use vm_memory::{
@@ -42,11 +44,31 @@ pub enum MemoryError {
     Size(u64),
     #[error("map {bytes} bytes of guest memory: {cause}")]
     Map { bytes: u64, cause: String },
+    #[error("memory file: {0}")]
+    Image(#[source] io::Error),
+    #[error("memory file: a regular file of {wanted} bytes was saved, this one has {got}")]
+    ImageSize { got: u64, wanted: u64 },
+    #[error("memory file: it does not hold the data that the state speaks of")]
+    Span,
     #[error("madvise({advice}) on guest memory: {cause}")]
     Advise {
         advice: libc::c_int,
         cause: io::Error,
     },
+}
+
+impl MemoryError {
+    fn map(bytes: u64, cause: impl ToString) -> Self {
+        Self::Map {
+            bytes,
+            cause: cause.to_string(),
+        }
+    }
+
+    /// Whether what the client handed over cannot be; else the host failed.
+    pub fn is_clients(&self) -> bool {
+        matches!(self, Self::Size(_) | Self::ImageSize { .. } | Self::Span)
+    }
 }
 
 /// Why a file was not read into guest memory.
@@ -59,34 +81,41 @@ pub enum ReadFileError {
 }
 
 /// The regions `bytes` of guest memory are laid out in: (first address, length in bytes).
-pub fn layout(bytes: u64) -> Vec<(u64, u64)> {
-    match NonZeroU64::new(bytes.saturating_sub(MMIO_START)) {
+///
+/// # Errors
+/// No guest has so much, or so odd an amount of memory.
+pub fn layout(bytes: u64) -> Result<Vec<(u64, u64)>, MemoryError> {
+    if bytes < RAM_MIN || bytes % RAM_GRANULE != 0 {
+        return Err(MemoryError::Size(bytes));
+    }
+    Ok(match NonZeroU64::new(bytes.saturating_sub(MMIO_START)) {
         None => vec![(0, bytes)],
         Some(high) => vec![(0, MMIO_START), (HIGH_RAM, high.get())],
-    }
+    })
 }
 
 /// Maps private, zeroed, unreserved memory for a guest of `bytes` bytes, until the process ends.
 ///
 /// It never shows in a core dump. From [`HUGE_PAGES`] on the host may back it with huge pages.
 pub fn allocate(bytes: u64) -> Result<GuestRam, MemoryError> {
-    if bytes < RAM_MIN || bytes % RAM_GRANULE != 0 {
-        return Err(MemoryError::Size(bytes));
-    }
-    let map_failed = |cause: String| MemoryError::Map { bytes, cause };
     let mut regions = Vec::new();
-    for (start, length) in layout(bytes) {
-        let length = usize::try_from(length).map_err(|e| map_failed(e.to_string()))?;
-        let mapping = map(length).map_err(|e| map_failed(e.to_string()))?;
+    for (start, length) in layout(bytes)? {
+        let mapping = map(length)?;
+        let length = mapping.size();
         advise(&mapping, 0, length, libc::MADV_DONTDUMP)?;
         let small = usize::try_from(HUGE_PAGES.saturating_sub(start)).unwrap_or(length);
         advise(&mapping, 0, small.min(length), libc::MADV_NOHUGEPAGE)?;
         advise(&mapping, small.min(length), length, libc::MADV_HUGEPAGE)?;
-        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
-            .ok_or_else(|| map_failed("the address space ends".to_string()))?;
-        regions.push(region);
+        regions.push(region(start, mapping)?);
     }
-    GuestRam::from_regions(regions).map_err(|e| map_failed(e.to_string()))
+    GuestRam::from_regions(regions).map_err(|e| MemoryError::map(bytes, e))
+}
+
+/// A mapping as guest memory from `start` on.
+fn region(start: u64, mapping: MmapRegion<()>) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let bytes = mapping.size() as u64;
+    GuestRegionMmap::new(mapping, GuestAddress(start))
+        .ok_or_else(|| MemoryError::map(bytes, "the address space ends"))
 }
 
 /// Puts `length` bytes of `file` at the guest address `address`, a multiple of the page size, as a
@@ -163,17 +192,18 @@ pub fn read_file(
 }
 
 /// A mapping aligned so that huge pages of the guest's can be huge pages of the host's.
-fn map(length: usize) -> io::Result<MmapRegion<()>> {
+fn map(length: u64) -> Result<MmapRegion<()>, MemoryError> {
     const ALIGNMENT: usize = RAM_GRANULE as usize;
     const PROTECTION: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
     const FLAGS: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let padded = length
-        .checked_add(ALIGNMENT)
-        .ok_or(io::ErrorKind::OutOfMemory)?;
+    let failed = |cause: String| MemoryError::map(length, cause);
+    let length = usize::try_from(length).map_err(|e| failed(e.to_string()))?;
+    let padded = length.checked_add(ALIGNMENT);
+    let padded = padded.ok_or_else(|| failed("the address space ends".to_string()))?;
     // SAFETY: a new anonymous mapping, anywhere.
     let start = unsafe { libc::mmap(ptr::null_mut(), padded, PROTECTION, FLAGS, -1, 0) };
     if start == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
+        return Err(failed(io::Error::last_os_error().to_string()));
     }
     let aligned = start.map_addr(|address| address.next_multiple_of(ALIGNMENT));
     // SAFETY: `length` bytes from there lie within the mapping, which is never unmapped.
@@ -184,7 +214,7 @@ fn map(length: usize) -> io::Result<MmapRegion<()>> {
             .with_raw_mmap_pointer(aligned.cast())
             .build()
     };
-    region.map_err(io::Error::other)
+    region.map_err(|e| failed(e.to_string()))
 }
 
 /// Gives `advice` for the bytes of a mapping from `from` to `to`.
@@ -213,10 +243,10 @@ mod tests {
 
     #[test]
     fn memory_leaves_the_hole_for_registers() {
-        assert_eq!(layout(128 << 20), [(0, 128 << 20)]);
-        assert_eq!(layout(MMIO_START), [(0, MMIO_START)]);
+        assert_eq!(layout(128 << 20).unwrap(), [(0, 128 << 20)]);
+        assert_eq!(layout(MMIO_START).unwrap(), [(0, MMIO_START)]);
         assert_eq!(
-            layout(4 << 30),
+            layout(4 << 30).unwrap(),
             [(0, MMIO_START), (HIGH_RAM, (4 << 30) - MMIO_START)]
         );
     }

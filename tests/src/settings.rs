@@ -4,10 +4,13 @@ use std::{fs, io::ErrorKind, path::Path};
 
 const FILE: &str = "/etc/husk/config.toml";
 
-/// What the lab starts with: its CPU is software, and its host may be busy.
-pub const PATIENT: &str = "agent_timeout_ms = 60000\n";
+/// What the lab has where nobody says otherwise: its CPU is software, and its host may be busy.
+pub const CLONES: &str = "agent_timeout_ms = 60000\n";
+/// The same for pods that boot.
+pub const COLD: &str = "agent_timeout_ms = 60000\ntemplates = \"off\"\n";
 
-/// Writes the file; what was there before is put back when this is dropped.
+/// A file of the test's own, with the lab's settings where it says nothing; what was there before is put back when
+/// this is dropped.
 pub struct Settings {
     before: Option<Vec<u8>>,
 }
@@ -23,8 +26,13 @@ impl Settings {
         let directory = Path::new(FILE).parent().expect("absolute");
         fs::create_dir_all(directory).expect("create /etc/husk");
         let mut settings = text.to_owned();
-        if !text.contains("agent_timeout_ms") {
-            settings.push_str(PATIENT);
+        let lab = String::from_utf8_lossy(before.as_deref().unwrap_or_default());
+        for line in lab.lines() {
+            let key = line.split(' ').next().unwrap_or_default();
+            if !text.contains(key) {
+                settings.push_str(line);
+                settings.push('\n');
+            }
         }
         fs::write(FILE, settings).expect("write /etc/husk/config.toml");
         Settings { before }

@@ -39,6 +39,19 @@ pub struct Case {
     /// The test target (`tests/NAME.rs`); its binary is `/lab/tests/NAME`.
     pub target: String,
     pub name: String,
+    /// Whether pods start as clones of a template; else they boot.
+    pub clones: bool,
+}
+
+impl Case {
+    /// As it is shown, chosen and counted: `run::uname_is_the_guest_kernels`, or `run::… (clones)`.
+    pub fn title(&self) -> String {
+        format!("{}::{}{}", self.target, self.name, self.suffix())
+    }
+
+    pub fn suffix(&self) -> &'static str {
+        if self.clones { " (clones)" } else { "" }
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -15,6 +15,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use husk_tests::settings::{CLONES, COLD};
 use husk_tests::wire::{Case, Job, OUTPUT, PLAN, Plan, REPORTS, Report, Verdict};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal, WaitOptions};
@@ -365,8 +366,9 @@ fn test(cases: &[Case], plan: &Plan, reports: &Reports) -> i32 {
     for (index, case) in cases.iter().enumerate() {
         reports.send(&Report::Start { index });
         let begin = Instant::now();
-        let (verdict, output) =
-            one_test(case, plan).unwrap_or_else(|error| (Verdict::Failed, format!("{error:#}")));
+        let (verdict, output) = configure(case)
+            .and_then(|()| one_test(case, plan))
+            .unwrap_or_else(|error| (Verdict::Failed, format!("{error:#}")));
         failed |= verdict != Verdict::Passed;
         reports.send(&Report::End {
             index,
@@ -376,6 +378,16 @@ fn test(cases: &[Case], plan: &Plan, reports: &Reports) -> i32 {
         });
     }
     i32::from(failed)
+}
+
+/// Has pods boot, or start as clones of a template that is there.
+fn configure(case: &Case) -> Result<()> {
+    let settings = if case.clones { CLONES } else { COLD };
+    fs::write("/etc/husk/config.toml", settings).context("write /etc/husk/config.toml")?;
+    if case.clones {
+        quick("husk", &["template", "build"])?;
+    }
+    Ok(())
 }
 
 /// A test in its own process and process group, so that a hanging or crashing one takes no other with it.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use husk_tests::{settings::PATIENT, wire::Plan};
+use husk_tests::{settings::CLONES, wire::Plan};
 
 use crate::{Options, assets};
 
@@ -115,7 +115,7 @@ impl Stage {
 
     /// The lab's own programs, which lie beside this one, and husk's configuration.
     fn install_lab(&self) -> Result<()> {
-        self.write("root/etc/husk/config.toml", PATIENT.as_bytes())?;
+        self.write("root/etc/husk/config.toml", CLONES.as_bytes())?;
         let me = std::env::current_exe().context("find this program")?;
         let beside = me.parent().context("find this program's directory")?;
         self.copy(&beside.join("husk-lab-init"), Path::new("husk-lab-init"))?;

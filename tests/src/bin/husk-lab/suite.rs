@@ -19,6 +19,8 @@ use crate::{
     stage::{Needs, Stage},
 };
 
+/// Tests that have no pod that containerd starts, or that see to templates themselves.
+const WITHOUT_CLONES: [&str; 3] = ["machine", "save", "clones"];
 /// How often a new lab is booted after one has died.
 const FRESH_LABS: u32 = 3;
 
@@ -34,22 +36,28 @@ pub fn run(options: &Options) -> Result<u8> {
     let binaries = build()?;
     let mut tallies: BTreeMap<String, Tally> = BTreeMap::new();
     let mut cases = Vec::new();
-    for (target, binary) in &binaries {
-        let tally = tallies.entry(target.clone()).or_default();
-        let ignored = list(binary, true)?;
-        for name in list(binary, false)? {
-            let full = format!("{target}::{name}");
-            let wanted =
-                options.words.is_empty() || options.words.iter().any(|word| full.contains(word));
-            if !wanted {
-                tally.filtered += 1;
-            } else if ignored.contains(&name) {
-                tally.ignored += 1;
-            } else {
-                cases.push(Case {
+    for clones in [false, true] {
+        for (target, binary) in &binaries {
+            if clones && WITHOUT_CLONES.contains(&target.as_str()) {
+                continue;
+            }
+            let ignored = list(binary, true)?;
+            for name in list(binary, false)? {
+                let case = Case {
                     target: target.clone(),
                     name,
-                });
+                    clones,
+                };
+                let tally = tallies.entry(tally_name(&case)).or_default();
+                let title = case.title();
+                let wanted = |word: &String| title.contains(word);
+                if !options.words.is_empty() && !options.words.iter().any(wanted) {
+                    tally.filtered += 1;
+                } else if ignored.contains(&case.name) {
+                    tally.ignored += 1;
+                } else {
+                    cases.push(case);
+                }
             }
         }
     }
@@ -90,22 +98,19 @@ pub fn run(options: &Options) -> Result<u8> {
                         return;
                     };
                     done[*index] = true;
-                    let tally = tallies.entry(case.target.clone()).or_default();
+                    let tally = tallies.entry(tally_name(case)).or_default();
                     let word = match verdict {
                         Verdict::Passed => "ok",
                         Verdict::Failed => "FAILED",
                         Verdict::TimedOut => "FAILED (no end in sight; see hang-* in the results)",
                     };
-                    println!(
-                        "test {}::{} ... {word} <{secs:.1}s>",
-                        case.target, case.name
-                    );
+                    println!("test {} ... {word} <{secs:.1}s>", case.title());
                     if *verdict == Verdict::Passed {
                         tally.passed += 1;
                     } else {
                         tally.failed += 1;
                         println!("{}", indent(output));
-                        failures.push(format!("{}::{}", case.target, case.name));
+                        failures.push(case.title());
                     }
                 }
                 _ => {}
@@ -122,7 +127,7 @@ pub fn run(options: &Options) -> Result<u8> {
                 println!("THE LAB DIED, which is not a verdict on husk: {why}");
                 deaths.push(why);
                 if let Some(case) = running.and_then(|index: usize| cases.get(index)) {
-                    println!("while running {}::{}", case.target, case.name);
+                    println!("while running {}", case.title());
                 }
             }
         }
@@ -140,18 +145,15 @@ pub fn run(options: &Options) -> Result<u8> {
 
     // What no lab lived long enough for is not known to work.
     for case in &cases {
-        tallies.entry(case.target.clone()).or_default().failed += 1;
-        failures.push(format!(
-            "{}::{} (not run: the lab died)",
-            case.target, case.name
-        ));
+        tallies.entry(tally_name(case)).or_default().failed += 1;
+        failures.push(format!("{} (not run: the lab died)", case.title()));
     }
     let mut total = Tally::default();
     println!();
     for (target, tally) in &tallies {
         total.passed += tally.passed;
         total.failed += tally.failed;
-        println!("     Ran tests/tests/{target}.rs\n{}", tally.line());
+        println!("     Ran {target}\n{}", tally.line());
     }
     if !failures.is_empty() {
         println!("\nfailures:\n    {}", failures.join("\n    "));
@@ -169,6 +171,11 @@ pub fn run(options: &Options) -> Result<u8> {
             .join(", ")
     );
     Ok(u8::from(total.failed > 0))
+}
+
+/// What a test is counted under.
+fn tally_name(case: &Case) -> String {
+    format!("tests/tests/{}.rs{}", case.target, case.suffix())
 }
 
 /// The tests that are not done, the one that was running when the lab died last.
@@ -278,6 +285,7 @@ mod tests {
         let case = |name: &str| Case {
             target: "run".to_owned(),
             name: name.to_owned(),
+            clones: false,
         };
         let cases = || vec![case("done"), case("running"), case("not begun")];
         assert_eq!(

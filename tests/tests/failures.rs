@@ -149,7 +149,10 @@ fn vmm_missing() {
 #[test]
 fn memory_too_small() {
     let _settings = Settings::write("memory_mib = 8\n");
-    assert_fails(&Run::husk(&["true"]), &["memory_mib", "8"]);
+    assert_fails(
+        &Run::husk(&["true"]),
+        &["/etc/husk/config.toml", "memory_mib = 8", "64"],
+    );
 }
 
 #[test]

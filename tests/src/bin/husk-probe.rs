@@ -46,6 +46,9 @@ fn be_init() {
         Ok("reset") => reboot(RebootCommand::Restart),
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
+        Ok("spin") => loop {
+            std::hint::spin_loop();
+        },
         _ => loop {
             std::thread::park();
         },

@@ -281,10 +281,14 @@ fn checksum(file: &mut File) -> Result<u64> {
             sum = sum.rotate_left(5) ^ count as u64;
             continue;
         }
-        for &byte in &buffer[..count] {
-            sum = (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        sum = fold(sum, &buffer[..count]);
     }
+}
+
+fn fold(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(sum, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn xattrs(path: &Path) -> Result<String> {
@@ -306,7 +310,7 @@ fn xattrs(path: &Path) -> Result<String> {
             String::from_utf8_lossy(name),
             &value[..count.min(8)]
         );
-        line += &format!("({count})");
+        line += &format!("({count}, sum {:016x})", fold(0, &value[..count]));
     }
     Ok(line)
 }

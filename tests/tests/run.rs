@@ -4,7 +4,7 @@ use std::{fs, time::Instant};
 
 use husk_tests::{
     command::{self, PATIENCE, eventually},
-    ctr::{Container, Run, Runtime},
+    ctr::{Container, Run, Runtime, state},
 };
 
 #[test]
@@ -60,8 +60,7 @@ fn death_by_signal_is_128_and_its_number() {
 #[test]
 fn kill_from_outside_ends_it_with_137() {
     let id = husk_tests::ctr::fresh_id("kill");
-    let running = Run::husk(&["sleep", "86400"]).start(&id);
-    assert!(wait_running(&id), "{id} never ran");
+    let running = Run::husk(&["sleep", "86400"]).start_and_see(&id);
     command::run(
         &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "KILL", &id]),
         b"",
@@ -74,15 +73,14 @@ fn kill_from_outside_ends_it_with_137() {
 fn a_sigterm_handler_runs() {
     let id = husk_tests::ctr::fresh_id("term");
     let script = "trap 'echo handled; exit 7' TERM; echo ready; while :; do sleep 1; done";
-    let running = Run::husk(&["sh", "-c", script]).start(&id);
-    assert!(wait_running(&id), "{id} never ran");
+    let running = Run::husk(&["sh", "-c", script]).start_and_see(&id);
     // The handler is set a moment after the task is running: ask until it is seen to work.
     let ended = eventually(Instant::now() + PATIENCE, || {
         command::run(
             &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "TERM", &id]),
             b"",
         );
-        (!wait_running_once(&id)).then_some(())
+        (state(&id).as_deref() != Some("RUNNING")).then_some(())
     });
     assert!(ended.is_some(), "{id} ignores SIGTERM");
     let outcome = running.finish();
@@ -127,17 +125,4 @@ fn kill_all_reaches_every_process() {
         pod.exec(&["ps", "-o", "args"])
     );
     assert_eq!(extra.finish().code(), 143);
-}
-
-fn wait_running_once(id: &str) -> bool {
-    let list = command::run(&mut husk_tests::ctr::ctr(&["task", "ls"]), b"").out();
-    list.lines()
-        .any(|line| line.starts_with(&format!("{id} ")) && line.contains("RUNNING"))
-}
-
-fn wait_running(id: &str) -> bool {
-    eventually(Instant::now() + PATIENCE, || {
-        wait_running_once(id).then_some(())
-    })
-    .is_some()
 }

@@ -106,10 +106,11 @@ fn plant(root: &Path, count: u32) -> Result<()> {
 
     for (uid, gid) in [(0, 0), (1, 65534), (1000, 1000), (123_456, 654_321)] {
         let path = file(&format!("owner-{uid}-{gid}"), b"owned")?;
-        chown(&path, Some(uid), Some(gid))?;
+        chown(&path, Some(uid), Some(gid)).with_context(|| format!("chown {}", path.display()))?;
         let link = root.join(format!("owner-{uid}-{gid}.link"));
-        symlink("nowhere", &link)?;
-        lchown(&link, Some(uid), Some(gid))?;
+        symlink("nowhere", &link).with_context(|| format!("symlink {}", link.display()))?;
+        lchown(&link, Some(uid), Some(gid))
+            .with_context(|| format!("lchown {}", link.display()))?;
     }
     for bits in [0o4755, 0o2755, 0o6711, 0o1777, 0o000, 0o444] {
         let path = file(&format!("mode-{bits:04o}"), b"#!/bin/sh\n")?;
@@ -120,11 +121,11 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     mode(&path, 0o4755)?;
 
     let setgid = root.join("setgid-directory");
-    fs::create_dir(&setgid)?;
-    chown(&setgid, Some(0), Some(4242))?;
+    fs::create_dir(&setgid).context("mkdir setgid-directory")?;
+    chown(&setgid, Some(0), Some(4242)).context("chown setgid-directory")?;
     mode(&setgid, 0o2775)?;
-    fs::write(setgid.join("inherits-the-group"), b"")?;
-    fs::create_dir(setgid.join("inherits-the-bit"))?;
+    fs::write(setgid.join("inherits-the-group"), b"").context("write in setgid-directory")?;
+    fs::create_dir(setgid.join("inherits-the-bit")).context("mkdir in setgid-directory")?;
 
     let path = file("xattrs", b"attributed")?;
     let long = vec![b'x'; 3000];
@@ -143,9 +144,9 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     rustix::fs::removexattr(&path, "user.short").context("remove user.short")?;
 
     let first = file("hard-link-1", b"linked")?;
-    fs::hard_link(&first, root.join("hard-link-2"))?;
-    fs::hard_link(&first, root.join("hard-link-3"))?;
-    fs::remove_file(root.join("hard-link-2"))?;
+    fs::hard_link(&first, root.join("hard-link-2")).context("link hard-link-2")?;
+    fs::hard_link(&first, root.join("hard-link-3")).context("link hard-link-3")?;
+    fs::remove_file(root.join("hard-link-2")).context("unlink hard-link-2")?;
 
     for (name, target) in [
         (
@@ -156,10 +157,10 @@ fn plant(root: &Path, count: u32) -> Result<()> {
         ("loop", "loop"),
         ("into-proc", "/proc/1/root"),
     ] {
-        symlink(target, root.join(name))?;
+        symlink(target, root.join(name)).with_context(|| format!("symlink {name}"))?;
     }
 
-    let mut sparse = File::create(root.join("sparse"))?;
+    let mut sparse = File::create(root.join("sparse")).context("create sparse")?;
     sparse.seek(SeekFrom::Start(64 << 20))?;
     sparse.write_all(b"after the hole")?;
     sparse.seek(SeekFrom::Start(8 << 20))?;
@@ -169,7 +170,8 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     for name in ["new\nline", "tab\t", " space ", "-n", "*", "caf\u{e9}"] {
         file(name, name.as_bytes())?;
     }
-    fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xff")), b"bytes")?;
+    fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xff")), b"bytes")
+        .context("write a name that is not UTF-8")?;
     file(&"n".repeat(255), b"longest")?;
 
     for (name, kind) in [("fifo", FileType::Fifo), ("socket", FileType::Socket)] {
@@ -192,15 +194,17 @@ fn plant(root: &Path, count: u32) -> Result<()> {
 
     fs::write(root.join("renamed-from"), b"moved")?;
     fs::write(root.join("renamed-to"), b"replaced")?;
-    fs::rename(root.join("renamed-from"), root.join("renamed-to"))?;
+    fs::rename(root.join("renamed-from"), root.join("renamed-to")).context("rename over a file")?;
 
     let many = root.join("many");
     fs::create_dir(&many)?;
     for number in 0..count {
-        File::create(many.join(format!("entry-{number:05}")))?;
+        let name = format!("entry-{number:05}");
+        File::create(many.join(&name)).with_context(|| format!("create many/{name}"))?;
     }
     for number in (0..count).step_by(7) {
-        fs::remove_file(many.join(format!("entry-{number:05}")))?;
+        let name = format!("entry-{number:05}");
+        fs::remove_file(many.join(&name)).with_context(|| format!("unlink many/{name}"))?;
     }
     Ok(())
 }

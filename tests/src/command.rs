@@ -121,6 +121,10 @@ impl Running {
         let _ = self.child.kill();
     }
 
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().is_ok_and(|status| status.is_some())
+    }
+
     #[track_caller]
     pub fn finish(mut self) -> Outcome {
         let deadline = self.began + PATIENCE;

@@ -39,6 +39,19 @@ pub fn ctr(args: &[&str]) -> Command {
     command
 }
 
+/// What `ctr task ls` says of a task: RUNNING, STOPPED, ... `None`: there is no such task.
+///
+/// # Panics
+/// When it says nothing at all: a list that cannot be had must not pass for an empty one.
+#[track_caller]
+pub fn state(id: &str) -> Option<String> {
+    let list = command::run(&mut ctr(&["task", "ls"]), b"").ok();
+    let line = list
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(id))?;
+    line.split_whitespace().last().map(str::to_owned)
+}
+
 /// `ctr run` with its flags and, when it is long gone, what it left.
 pub struct Run<'a> {
     pub runtime: Runtime,
@@ -90,9 +103,23 @@ impl<'a> Run<'a> {
         self.feed(b"")
     }
 
+    /// Starts it and waits until its task runs.
     #[track_caller]
-    pub fn start(&self, id: &str) -> Running {
-        command::start(&mut self.command(id), b"")
+    pub fn start_and_see(&self, id: &str) -> Running {
+        let mut running = command::start(&mut self.command(id), b"");
+        let seen = eventually(Instant::now() + PATIENCE / 2, || {
+            let runs = state(id).as_deref() == Some("RUNNING");
+            (runs || running.has_ended()).then_some(runs)
+        });
+        match seen {
+            Some(true) => running,
+            Some(false) => panic!("{id} never ran: {:?}", running.finish()),
+            None => panic!(
+                "{id} does not run after {:?}: {:?}",
+                PATIENCE / 2,
+                state(id)
+            ),
+        }
     }
 }
 
@@ -140,11 +167,7 @@ impl Container {
 
     /// The task's line in `ctr task ls`: RUNNING, STOPPED, …
     pub fn state(&self) -> Option<String> {
-        let list = command::run(&mut ctr(&["task", "ls"]), b"").out();
-        let line = list
-            .lines()
-            .find(|line| line.split_whitespace().next() == Some(&self.id))?;
-        line.split_whitespace().last().map(str::to_owned)
+        state(&self.id)
     }
 
     #[track_caller]

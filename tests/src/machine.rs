@@ -29,7 +29,7 @@ use husk_proto::{
     machine_ttrpc::MachineClient,
 };
 use rustix::{
-    io::dup2,
+    io::{FdFlags, dup2, fcntl_setfd},
     net::{
         AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
         SocketType, sendmsg, socketpair,
@@ -188,17 +188,21 @@ impl Machine {
         let theirs = rustix::io::fcntl_dupfd_cloexec(&theirs, 10)?;
         let their_descriptors = rustix::io::fcntl_dupfd_cloexec(&their_descriptors, 10)?;
         let mut command = Command::new(VMM);
-        // As the shim starts it: with nothing of its own environment.
+        // The shim starts it with nothing of its own; this parent is careless, for the VMM does not
+        // rely on that.
+        let forgotten = OwnedFd::from(File::open("/").context("open /")?);
+        let forgotten = rustix::io::fcntl_dupfd_cloexec(&forgotten, 10)?;
         command
-            .env_clear()
+            .env("FORGOTTEN", "by the parent")
             .stdin(Stdio::null())
             .stdout(Stdio::null());
-        // SAFETY: only dup2, allowed between fork and exec; the numbers are the contract's, and
-        // nothing in this child owns them.
+        // SAFETY: only dup2 and fcntl, allowed between fork and exec; the numbers are the contract's,
+        // and nothing in this child owns them.
         unsafe {
             command.pre_exec(move || {
                 inherit(&theirs, MACHINE_FD)?;
-                inherit(&their_descriptors, DESCRIPTOR_FD)
+                inherit(&their_descriptors, DESCRIPTOR_FD)?;
+                Ok(fcntl_setfd(&forgotten, FdFlags::empty())?)
             });
         }
         let child = command.spawn().with_context(|| format!("start {VMM}"))?;

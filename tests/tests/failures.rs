@@ -41,7 +41,10 @@ fn assert_fails_within(limit: Duration, run: &Run<'_>, words: &[&str]) {
 
 #[track_caller]
 fn assert_says(outcome: &Outcome, words: &[&str]) {
-    assert_ne!(outcome.code(), 0, "{outcome:?}");
+    assert!(
+        outcome.code() != 0,
+        "no error, where one with {words:?} is due: {outcome:?}"
+    );
     for word in words {
         assert!(
             outcome.err().contains(word),
@@ -149,7 +152,10 @@ fn vmm_missing() {
 #[test]
 fn memory_too_small() {
     let _settings = Settings::write("memory_mib = 8\n");
-    assert_fails(&Run::husk(&["true"]), &["memory_mib", "8"]);
+    assert_fails(
+        &Run::husk(&["true"]),
+        &["/etc/husk/config.toml", "memory_mib = 8", "64"],
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Files, as they look under runc.
 
-use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
+use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use husk_tests::{
     command,
@@ -30,22 +30,21 @@ impl Drop for Scratch {
     }
 }
 
-/// Lines that differ, with their sign, instead of two long texts.
+/// The lines that only one of two texts has, instead of the texts: an entry that is missing does not
+/// make all behind it differ.
 #[track_caller]
 fn assert_same_lines(what: &str, runc: &str, husk: &str) {
-    let mut differ = Vec::new();
-    let (mut left, mut right) = (runc.lines(), husk.lines());
-    loop {
-        match (left.next(), right.next()) {
-            (None, None) => break,
-            (left, right) if left == right => {}
-            (left, right) => differ.push(format!("runc {left:?}\nhusk {right:?}")),
-        }
-        if differ.len() == 20 {
-            break;
-        }
-    }
+    let only = |name: &str, one: &str, other: &str| -> Vec<String> {
+        let other: BTreeSet<_> = other.lines().collect();
+        one.lines()
+            .filter(|line| !other.contains(line))
+            .take(20)
+            .map(|line| format!("only {name}: {line}"))
+            .collect()
+    };
+    let differ = [only("runc", runc, husk), only("husk", husk, runc)].concat();
     assert!(differ.is_empty(), "{what}:\n{}", differ.join("\n"));
+    assert!(runc == husk, "{what}: the same lines in another order");
     assert!(
         runc.lines().count() > 100,
         "{what}: hardly anything to compare: {runc}"

@@ -79,6 +79,26 @@ fn end_of_input_reaches_the_process() {
     assert_eq!(outcome.out(), "first\nand then\n");
 }
 
+/// Resizes ctr's terminal; the shell in the container must see the same size.
+#[track_caller]
+fn assert_follows(terminal: &mut Terminal, columns: u16, rows: u16) {
+    terminal.resize(columns, rows);
+    // The size travels beside the text: ask until it is there.
+    let followed = eventually(Instant::now() + PATIENCE / 4, || {
+        terminal.type_in("stty size\n");
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        terminal
+            .text()
+            .contains(&format!("{rows} {columns}"))
+            .then_some(())
+    });
+    assert!(
+        followed.is_some(),
+        "never {columns}x{rows}: {:?}",
+        terminal.text()
+    );
+}
+
 #[test]
 fn a_terminal_has_the_size_of_ctrs_and_follows_it() {
     let id = fresh_id("tty");
@@ -88,24 +108,18 @@ fn a_terminal_has_the_size_of_ctrs_and_follows_it() {
     terminal.wait_for("ready-42");
     assert!(terminal.text().contains("/dev/"), "{:?}", terminal.text());
     assert!(terminal.text().contains("37 101"), "{:?}", terminal.text());
-    terminal.resize(93, 29);
-    // The size travels beside the text: ask until it is there.
-    let followed = eventually(Instant::now() + PATIENCE, || {
-        terminal.type_in("stty size\n");
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        terminal.text().contains("29 93").then_some(())
-    });
-    assert!(followed.is_some(), "{:?}", terminal.text());
+    assert_follows(&mut terminal, 93, 29);
     terminal.type_in("exit 5\n");
     assert_eq!(terminal.finish().code(), Some(5), "{:?}", terminal.text());
 }
 
 #[test]
-fn an_exec_has_a_terminal_too() {
+fn an_exec_has_a_terminal_of_its_own_size() {
     let pod = Container::idle(Runtime::Husk);
     let mut terminal = Terminal::start(&mut pod.exec_command(&["-t"], &["sh"]), 80, 24);
     terminal.type_in("test -t 0 && test -t 1 && test -t 2 && echo all-$((1+2))\n");
     terminal.wait_for("all-3");
+    assert_follows(&mut terminal, 111, 33);
     terminal.type_in("exit 0\n");
     assert!(terminal.finish().success());
 }
@@ -145,14 +159,7 @@ fn detached_and_attached_again() {
 fn a_reader_that_goes_away_blocks_nothing() {
     let before = husk_tests::census::Census::take();
     let id = fresh_id("gone");
-    let mut running = Run::husk(&["sh", "-c", "while :; do echo line; done"]).start(&id);
-    let ran = eventually(Instant::now() + PATIENCE, || {
-        let list = command::run(&mut ctr(&["task", "ls"]), b"").out();
-        list.lines()
-            .any(|line| line.starts_with(&format!("{id} ")) && line.contains("RUNNING"))
-            .then_some(())
-    });
-    assert!(ran.is_some(), "{id} never ran");
+    let mut running = Run::husk(&["sh", "-c", "while :; do echo line; done"]).start_and_see(&id);
     running.kill();
     drop(running);
     let pod = Container { id };

@@ -3,6 +3,8 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use husk_proto::machine::{
@@ -82,6 +84,21 @@ fn two_processors_end_as_one() {
     assert_end("husk_probe=power-off", 2, Reason::POWERED_OFF);
 }
 
+/// Whether a process uses the processor: a guest that spins does while any of its vCPUs runs. Of
+/// half a second, what the kernel may still be charging it for (proc_pid_stat(5): utime, stime, in
+/// hundredths of a second) does not count.
+fn works(pid: u32) -> bool {
+    let ticks = || -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("its stat");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+        let times = fields.split(' ').skip(11).take(2);
+        times.map(|time| time.parse::<u64>().expect("a time")).sum()
+    };
+    let before = ticks();
+    thread::sleep(Duration::from_millis(500));
+    ticks() - before > 3
+}
+
 #[test]
 fn stop_pause_and_resume() {
     let initrd = probe_initrd();
@@ -90,7 +107,7 @@ fn stop_pause_and_resume() {
         let status = machine.status().await.expect("status");
         assert_eq!(status.state.enum_value_or_default(), State::WAITING);
         let _agent = machine
-            .boot(Path::new(KERNEL), &initrd, 128, 2, "")
+            .boot(Path::new(KERNEL), &initrd, 128, 2, "husk_probe=spin")
             .await
             .expect("boot");
         let state = async || {
@@ -98,17 +115,20 @@ fn stop_pause_and_resume() {
             status.state.enum_value_or_default()
         };
         assert_eq!(state().await, State::RUNNING);
+        assert!(works(machine.pid()), "the guest does not run");
         let client = machine.client();
         client
             .pause(machine::patience(), &PauseRequest::new())
             .await
             .expect("pause");
         assert_eq!(state().await, State::PAUSED);
+        assert!(!works(machine.pid()), "a paused guest computes on");
         client
             .resume(machine::patience(), &ResumeRequest::new())
             .await
             .expect("resume");
         assert_eq!(state().await, State::RUNNING);
+        assert!(works(machine.pid()), "a resumed guest stands still");
         client
             .stop(machine::patience(), &StopRequest::new())
             .await
@@ -116,6 +136,7 @@ fn stop_pause_and_resume() {
         let ended = machine.wait().await.expect("wait");
         assert_eq!(ended.reason.enum_value_or_default(), Reason::STOPPED);
         assert_eq!(state().await, State::ENDED);
+        assert!(!works(machine.pid()), "a stopped guest computes on");
     });
 }
 

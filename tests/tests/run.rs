@@ -4,7 +4,7 @@ use std::{fs, time::Instant};
 
 use husk_tests::{
     command::{self, PATIENCE, eventually},
-    ctr::{Container, Run, Runtime},
+    ctr::{Container, Run, Runtime, state},
 };
 
 #[test]
@@ -60,8 +60,7 @@ fn death_by_signal_is_128_and_its_number() {
 #[test]
 fn kill_from_outside_ends_it_with_137() {
     let id = husk_tests::ctr::fresh_id("kill");
-    let running = Run::husk(&["sleep", "86400"]).start(&id);
-    assert!(wait_running(&id), "{id} never ran");
+    let running = Run::husk(&["sleep", "86400"]).start_and_see(&id);
     command::run(
         &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "KILL", &id]),
         b"",
@@ -74,15 +73,14 @@ fn kill_from_outside_ends_it_with_137() {
 fn a_sigterm_handler_runs() {
     let id = husk_tests::ctr::fresh_id("term");
     let script = "trap 'echo handled; exit 7' TERM; echo ready; while :; do sleep 1; done";
-    let running = Run::husk(&["sh", "-c", script]).start(&id);
-    assert!(wait_running(&id), "{id} never ran");
+    let running = Run::husk(&["sh", "-c", script]).start_and_see(&id);
     // The handler is set a moment after the task is running: ask until it is seen to work.
     let ended = eventually(Instant::now() + PATIENCE, || {
         command::run(
             &mut husk_tests::ctr::ctr(&["task", "kill", "-s", "TERM", &id]),
             b"",
         );
-        (!wait_running_once(&id)).then_some(())
+        (state(&id).as_deref() != Some("RUNNING")).then_some(())
     });
     assert!(ended.is_some(), "{id} ignores SIGTERM");
     let outcome = running.finish();
@@ -90,20 +88,21 @@ fn a_sigterm_handler_runs() {
     assert!(outcome.out().ends_with("handled\n"), "{outcome:?}");
 }
 
-/// A default SIGTERM reaches a process that does not handle it, and says so.
+/// Which signal a process died of is told by the agent, not by a shell in between.
 #[test]
-fn sigterm_stays_sigterm() {
+fn every_deadly_signal_keeps_its_number() {
     let pod = Container::idle(Runtime::Husk);
-    let running = command::start(
-        &mut pod.exec_command(&[], &["sh", "-c", "sh -c 'kill -TERM $$'; echo $?"]),
-        b"",
-    );
-    assert_eq!(running.finish().ok(), "143\n");
+    for (signal, code) in [("HUP", 129), ("KILL", 137), ("TERM", 143)] {
+        let outcome = pod.exec(&["sh", "-c", &format!("kill -{signal} $$; sleep 60")]);
+        assert_eq!(outcome.code(), code, "{signal}: {outcome:?}");
+    }
 }
 
+/// Not with SIGKILL: that ends all of them even if it is sent to the first one alone.
 #[test]
 fn kill_all_reaches_every_process() {
-    let script = "sleep 86400 & sleep 86400 & wait";
+    // `wait` ends with each signal handled, or at once when nobody is left.
+    let script = "trap 'echo handled' TERM; sleep 86400 & sleep 86400 & wait; wait; exit 5";
     let pod = Container::detached(Runtime::Husk, &["--null-io"], &["sh", "-c", script]);
     let extra = command::start(&mut pod.exec_command(&[], &["sleep", "86400"]), b"");
     let seen = eventually(Instant::now() + PATIENCE, || {
@@ -116,20 +115,14 @@ fn kill_all_reaches_every_process() {
             .then_some(())
     });
     assert!(seen.is_some(), "three sleeps never ran");
-    pod.task("kill", &["-a", "-s", "KILL"]).ok();
-    assert_eq!(extra.finish().code(), 137);
-    pod.wait_stopped();
-}
-
-fn wait_running_once(id: &str) -> bool {
-    let list = command::run(&mut husk_tests::ctr::ctr(&["task", "ls"]), b"").out();
-    list.lines()
-        .any(|line| line.starts_with(&format!("{id} ")) && line.contains("RUNNING"))
-}
-
-fn wait_running(id: &str) -> bool {
-    eventually(Instant::now() + PATIENCE, || {
-        wait_running_once(id).then_some(())
-    })
-    .is_some()
+    pod.task("kill", &["-a", "-s", "TERM"]).ok();
+    let stopped = eventually(Instant::now() + PATIENCE / 4, || {
+        (pod.state().as_deref() != Some("RUNNING")).then_some(())
+    });
+    assert!(
+        stopped.is_some(),
+        "SIGTERM to all left some: {:?}",
+        pod.exec(&["ps", "-o", "args"])
+    );
+    assert_eq!(extra.finish().code(), 143);
 }

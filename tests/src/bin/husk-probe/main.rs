@@ -54,6 +54,9 @@ fn be_init() {
         }
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
+        Ok("spin") => loop {
+            std::hint::spin_loop();
+        },
         _ => loop {
             std::thread::park();
         },
@@ -111,10 +114,11 @@ fn plant(root: &Path, count: u32) -> Result<()> {
 
     for (uid, gid) in [(0, 0), (1, 65534), (1000, 1000), (123_456, 654_321)] {
         let path = file(&format!("owner-{uid}-{gid}"), b"owned")?;
-        chown(&path, Some(uid), Some(gid))?;
+        chown(&path, Some(uid), Some(gid)).with_context(|| format!("chown {}", path.display()))?;
         let link = root.join(format!("owner-{uid}-{gid}.link"));
-        symlink("nowhere", &link)?;
-        lchown(&link, Some(uid), Some(gid))?;
+        symlink("nowhere", &link).with_context(|| format!("symlink {}", link.display()))?;
+        lchown(&link, Some(uid), Some(gid))
+            .with_context(|| format!("lchown {}", link.display()))?;
     }
     for bits in [0o4755, 0o2755, 0o6711, 0o1777, 0o000, 0o444] {
         let path = file(&format!("mode-{bits:04o}"), b"#!/bin/sh\n")?;
@@ -125,11 +129,11 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     mode(&path, 0o4755)?;
 
     let setgid = root.join("setgid-directory");
-    fs::create_dir(&setgid)?;
-    chown(&setgid, Some(0), Some(4242))?;
+    fs::create_dir(&setgid).context("mkdir setgid-directory")?;
+    chown(&setgid, Some(0), Some(4242)).context("chown setgid-directory")?;
     mode(&setgid, 0o2775)?;
-    fs::write(setgid.join("inherits-the-group"), b"")?;
-    fs::create_dir(setgid.join("inherits-the-bit"))?;
+    fs::write(setgid.join("inherits-the-group"), b"").context("write in setgid-directory")?;
+    fs::create_dir(setgid.join("inherits-the-bit")).context("mkdir in setgid-directory")?;
 
     let path = file("xattrs", b"attributed")?;
     let long = vec![b'x'; 3000];
@@ -148,9 +152,9 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     rustix::fs::removexattr(&path, "user.short").context("remove user.short")?;
 
     let first = file("hard-link-1", b"linked")?;
-    fs::hard_link(&first, root.join("hard-link-2"))?;
-    fs::hard_link(&first, root.join("hard-link-3"))?;
-    fs::remove_file(root.join("hard-link-2"))?;
+    fs::hard_link(&first, root.join("hard-link-2")).context("link hard-link-2")?;
+    fs::hard_link(&first, root.join("hard-link-3")).context("link hard-link-3")?;
+    fs::remove_file(root.join("hard-link-2")).context("unlink hard-link-2")?;
 
     for (name, target) in [
         (
@@ -161,10 +165,10 @@ fn plant(root: &Path, count: u32) -> Result<()> {
         ("loop", "loop"),
         ("into-proc", "/proc/1/root"),
     ] {
-        symlink(target, root.join(name))?;
+        symlink(target, root.join(name)).with_context(|| format!("symlink {name}"))?;
     }
 
-    let mut sparse = File::create(root.join("sparse"))?;
+    let mut sparse = File::create(root.join("sparse")).context("create sparse")?;
     sparse.seek(SeekFrom::Start(64 << 20))?;
     sparse.write_all(b"after the hole")?;
     sparse.seek(SeekFrom::Start(8 << 20))?;
@@ -174,7 +178,8 @@ fn plant(root: &Path, count: u32) -> Result<()> {
     for name in ["new\nline", "tab\t", " space ", "-n", "*", "caf\u{e9}"] {
         file(name, name.as_bytes())?;
     }
-    fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xff")), b"bytes")?;
+    fs::write(root.join(OsStr::from_bytes(b"not-utf8-\xff")), b"bytes")
+        .context("write a name that is not UTF-8")?;
     file(&"n".repeat(255), b"longest")?;
 
     for (name, kind) in [("fifo", FileType::Fifo), ("socket", FileType::Socket)] {
@@ -197,15 +202,17 @@ fn plant(root: &Path, count: u32) -> Result<()> {
 
     fs::write(root.join("renamed-from"), b"moved")?;
     fs::write(root.join("renamed-to"), b"replaced")?;
-    fs::rename(root.join("renamed-from"), root.join("renamed-to"))?;
+    fs::rename(root.join("renamed-from"), root.join("renamed-to")).context("rename over a file")?;
 
     let many = root.join("many");
     fs::create_dir(&many)?;
     for number in 0..count {
-        File::create(many.join(format!("entry-{number:05}")))?;
+        let name = format!("entry-{number:05}");
+        File::create(many.join(&name)).with_context(|| format!("create many/{name}"))?;
     }
     for number in (0..count).step_by(7) {
-        fs::remove_file(many.join(format!("entry-{number:05}")))?;
+        let name = format!("entry-{number:05}");
+        fs::remove_file(many.join(&name)).with_context(|| format!("unlink many/{name}"))?;
     }
     Ok(())
 }
@@ -286,10 +293,14 @@ fn checksum(file: &mut File) -> Result<u64> {
             sum = sum.rotate_left(5) ^ count as u64;
             continue;
         }
-        for &byte in &buffer[..count] {
-            sum = (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
+        sum = fold(sum, &buffer[..count]);
     }
+}
+
+fn fold(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(sum, |sum, &byte| {
+        (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 fn xattrs(path: &Path) -> Result<String> {
@@ -311,7 +322,7 @@ fn xattrs(path: &Path) -> Result<String> {
             String::from_utf8_lossy(name),
             &value[..count.min(8)]
         );
-        line += &format!("({count})");
+        line += &format!("({count}, sum {:016x})", fold(0, &value[..count]));
     }
     Ok(line)
 }

@@ -493,6 +493,33 @@ mod tests {
         (0..length).map(|_| next()).collect()
     }
 
+    /// The exit of a process may be told long before a reader has its last words.
+    #[tokio::test]
+    async fn the_end_of_the_process_drops_no_output() {
+        let fifos = fifos(false);
+        let (mut opened, mut far) = opened(&fifos.paths);
+        let mut reader = File::open(&fifos.paths.stdout).unwrap();
+        // More than a FIFO takes, also by splice: the guest still has some of it.
+        let data = pattern(8 << 20);
+        let (mut stdout, said) = (far.remove(1), data.clone());
+        let guest = thread::spawn(move || {
+            // Fails when the other end is dropped.
+            let _ = stdout.write_all(&said);
+        });
+        drop(far);
+        sleep(Duration::from_millis(50)).await;
+        opened.streams.process_ended();
+        let reader = thread::spawn(move || {
+            let mut got = Vec::new();
+            reader.read_to_end(&mut got).unwrap();
+            got
+        });
+        opened.streams.drain(SOON).await;
+        guest.join().unwrap();
+        let got = reader.join().unwrap();
+        assert!(got == data, "{} of {} bytes", got.len(), data.len());
+    }
+
     #[tokio::test]
     async fn sixteen_mib_pass_both_ways_unchanged() {
         let fifos = fifos(false);

@@ -3,7 +3,8 @@
 use std::{
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 use crate::command::{self, Outcome, PATIENCE, Running, eventually};
@@ -108,6 +109,8 @@ impl<'a> Run<'a> {
     pub fn start_and_see(&self, id: &str) -> Running {
         let mut running = command::start(&mut self.command(id), b"");
         let seen = eventually(Instant::now() + PATIENCE / 2, || {
+            // Each look is a process on the processors that the guest boots on.
+            thread::sleep(Duration::from_millis(250));
             let runs = state(id).as_deref() == Some("RUNNING");
             (runs || running.has_ended()).then_some(runs)
         });

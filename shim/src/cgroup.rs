@@ -79,6 +79,14 @@ pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
     Ok(path)
 }
 
+/// Where the cgroup of pod `id` is, below the root of the hierarchy.
+pub fn of_pod(cgroups_path: Option<&str>, id: &str) -> Result<PathBuf, CgroupError> {
+    match cgroups_path {
+        Some(path) => relative_path(path),
+        None => Ok(PathBuf::from(format!("husk-{id}"))),
+    }
+}
+
 /// systemd nests `a-b.slice` in `a.slice` (systemd.slice(5)).
 fn slice_path(slice: &str) -> PathBuf {
     let slice = if slice.is_empty() {
@@ -191,9 +199,17 @@ fn is_marked(path: &Path) -> bool {
 /// nobody uses any more; one that others use stays. Bounded: the last process of a cgroup may be on its
 /// way out for a moment.
 pub fn remove(made: &[PathBuf]) {
-    let Some(inmost) = made.last() else {
-        return;
-    };
+    if let Some(inmost) = made.last() {
+        remove_upwards(inmost, made);
+    }
+}
+
+/// Removes `path`, and marked ones above it, if it is marked and nobody uses it.
+pub fn remove_marked(path: &Path) {
+    remove_upwards(path, &[]);
+}
+
+fn remove_upwards(inmost: &Path, made: &[PathBuf]) {
     for path in inmost.ancestors() {
         let ours = made.iter().any(|one| one == path) || is_marked(path);
         if !ours || !remove_one(path) {

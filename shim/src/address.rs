@@ -2,10 +2,14 @@
 //! socket's file is removed by `serve` at its end, or by `delete`.
 
 use std::{
-    fs, io,
-    os::unix::{
-        fs::DirBuilderExt,
-        net::{UnixListener, UnixStream},
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::DirBuilderExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -52,32 +56,49 @@ pub fn bind(path: &Path) -> Result<Bound, AddressError> {
         path: path.to_owned(),
         cause,
     };
-    if let Some(directory) = path.parent() {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o711)
-            .create(directory)
-            .map_err(|e| failed("create the directory of", e))?;
+    // Without the lock, which all starts on this host share: a shim that hangs would keep it.
+    if UnixStream::connect(path).is_ok() {
+        return Ok(Bound::Running);
     }
-    // Twice: between our look at a dead socket and the second bind another `start` may win.
-    for _ in 0..2 {
-        match bind_private(path) {
-            Ok(listener) => return Ok(Bound::Ours(listener)),
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
-            Err(e) => return Err(failed("bind", e)),
-        }
-        if UnixStream::connect(path).is_ok() {
-            return Ok(Bound::Running);
-        }
-        if let Err(e) = fs::remove_file(path) {
-            if e.kind() != io::ErrorKind::NotFound {
-                return Err(failed("remove the dead socket", e));
+    let directory = path.parent().unwrap_or(Path::new("."));
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(directory)
+        .map_err(|e| failed("create the directory of", e))?;
+    // Looking at a dead socket and replacing it are one step: else the second of two starts removes
+    // the first one's new socket. The directory is what is locked, so nothing is left behind.
+    let lock = lock(directory).map_err(|e| failed("lock the directory of", e))?;
+    let bound = match bind_private(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            if UnixStream::connect(path).is_ok() {
+                return Ok(Bound::Running);
+            }
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove the dead socket", e));
+                }
+                _ => bind_private(path),
             }
         }
-    }
-    match UnixStream::connect(path) {
-        Ok(_) => Ok(Bound::Running),
-        Err(e) => Err(failed("connect to", e)),
+        bound => bound,
+    };
+    drop(lock);
+    Ok(Bound::Ours(bound.map_err(|e| failed("bind", e))?))
+}
+
+/// Locks a directory until the file is closed.
+fn lock(directory: &Path) -> io::Result<File> {
+    let directory = File::open(directory)?;
+    loop {
+        // SAFETY: flock(2) takes numbers only.
+        if unsafe { libc::flock(directory.as_raw_fd(), libc::LOCK_EX) } == 0 {
+            return Ok(directory);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 
@@ -127,5 +148,26 @@ mod tests {
 
         drop(first);
         assert!(matches!(bind(&path).unwrap(), Bound::Ours(_)));
+    }
+
+    #[test]
+    fn of_many_starts_at_once_one_gets_a_dead_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        for _ in 0..50 {
+            drop(UnixListener::bind(&path).unwrap());
+            let bound: Vec<Bound> = std::thread::scope(|scope| {
+                let starts: Vec<_> = (0..4).map(|_| scope.spawn(|| bind(&path))).collect();
+                starts
+                    .into_iter()
+                    .map(|start| start.join().unwrap().unwrap())
+                    .collect()
+            });
+            let ours = |bound: &&Bound| matches!(bound, Bound::Ours(_));
+            assert_eq!(bound.iter().filter(ours).count(), 1);
+            UnixStream::connect(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
     }
 }

@@ -5,8 +5,8 @@ use std::{
     env, fs,
     os::fd::OwnedFd,
     os::unix::process::CommandExt,
-    path::Path,
-    process::{Command, Stdio},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context, Result};
@@ -15,6 +15,7 @@ use crate::{
     address::{self, Bound, SOCKETS},
     ahead,
     args::Invocation,
+    cgroup, cleanup,
     record::{self, ProcessId, RECORDS, Record},
     spec,
 };
@@ -48,26 +49,61 @@ pub fn start(invocation: &Invocation) -> Result<String> {
     write_address(&answer).context("write the file address in the bundle")?;
 
     let directory = |id: &str| record::directory(Path::new(RECORDS), &invocation.namespace, id);
-    let record = match address::bind(&socket)? {
-        Bound::Running => Record::read(&directory(&group)).ok(),
-        Bound::Ours(listener) => {
-            let started = leave_behind(invocation, &group, listener.into());
-            let pid = started.inspect_err(|_| drop(fs::remove_file(&socket)))?;
-            Some(Record {
-                pod: group,
-                socket,
-                shim: ProcessId::of(pid).context("look at the shim's process")?,
-                vmm: None,
-                cgroups: Vec::new(),
-            })
-        }
-    };
-    if let Some(record) = record {
+    let write = |record: &Record| {
         let directory = directory(&invocation.id);
         let written = record.write(&directory);
-        written.with_context(|| format!("write the record in {}", directory.display()))?;
+        written.with_context(|| format!("write the record in {}", directory.display()))
+    };
+    match address::bind(&socket)? {
+        Bound::Running => {
+            if let Ok(record) = Record::read(&directory(&group)) {
+                write(&record)?;
+            }
+        }
+        Bound::Ours(listener) => {
+            let started = leave_behind(invocation, &group, listener.into());
+            let mut child = started.inspect_err(|_| drop(fs::remove_file(&socket)))?;
+            let written = ProcessId::of(child.id())
+                .context("look at the shim's process")
+                .and_then(|shim| {
+                    write(&Record {
+                        pod: group.clone(),
+                        socket: socket.clone(),
+                        shim,
+                        vmm: None,
+                        cgroups: Vec::new(),
+                    })
+                });
+            if let Err(e) = written {
+                take_back(&mut child, &group, &socket, &directory(&group));
+                return Err(e);
+            }
+        }
     }
     Ok(answer)
+}
+
+/// Ends the shim that was just left behind: containerd will not hear of it, so it would stay for ever.
+/// It may have started the pod's VM by now.
+fn take_back(child: &mut Child, group: &str, socket: &Path, directory: &Path) {
+    let _ = child.kill();
+    let _ = child.wait();
+    let _ = fs::remove_file(socket);
+    // What it has written down itself, if it could.
+    if let Ok(record) = Record::read(directory) {
+        cleanup::end_pod(&record);
+        let _ = record::remove(directory);
+    }
+    // The VMM dies with it, and leaves the cgroup.
+    if let (Some(root), Some(cgroup)) = (cgroup::root(), pods_cgroup(group)) {
+        cgroup::remove_marked(&root.join(cgroup));
+    }
+}
+
+fn pods_cgroup(group: &str) -> Option<PathBuf> {
+    let mut spec = spec::read(Path::new("")).ok()?;
+    let plan = spec::rewrite(&mut spec, &env::current_dir().ok()?, group, ahead::FIRST).ok()?;
+    cgroup::of_pod(plan.cgroups_path.as_deref(), group).ok()
 }
 
 fn write_address(answer: &str) -> std::io::Result<()> {
@@ -77,7 +113,7 @@ fn write_address(answer: &str) -> std::io::Result<()> {
 
 /// Executes ourselves in serve mode, with the socket as stdin, the runtime options to be read from
 /// stdout, and nothing of `start`'s output.
-fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<u32> {
+fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<Child> {
     let name = env::args_os()
         .next()
         .unwrap_or_else(|| "containerd-shim-husk-v2".into());
@@ -95,9 +131,8 @@ fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Resu
     if invocation.debug {
         command.arg("-debug");
     }
-    let child = command
+    command
         .arg("serve")
         .spawn()
-        .context("execute /proc/self/exe")?;
-    Ok(child.id())
+        .context("execute /proc/self/exe")
 }

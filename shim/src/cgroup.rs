@@ -1,8 +1,11 @@
 //! The pod's cgroup on the host: made before the VMM, which is born in it, and removed after it.
 //! Only cgroup v2 is used; on a host without it the VMM stays in the shim's own cgroup.
+//!
+//! Pods share parents, and whoever made one may be gone before the others. So what husk makes has a
+//! mark, and whoever leaves a marked parent empty removes it.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
     fs::{self, File},
     io,
     os::{
@@ -15,6 +18,9 @@ use std::{
 };
 
 use thiserror::Error;
+
+/// The extended attribute of a cgroup that husk has made. Its value says nothing.
+const MARK: &CStr = c"trusted.husk";
 
 #[derive(Debug, Error)]
 pub enum CgroupError {
@@ -71,6 +77,14 @@ pub fn relative_path(cgroups_path: &str) -> Result<PathBuf, CgroupError> {
         return Err(CgroupError::Path(cgroups_path.to_owned()));
     }
     Ok(path)
+}
+
+/// Where the cgroup of pod `id` is, below the root of the hierarchy.
+pub fn of_pod(cgroups_path: Option<&str>, id: &str) -> Result<PathBuf, CgroupError> {
+    match cgroups_path {
+        Some(path) => relative_path(path),
+        None => Ok(PathBuf::from(format!("husk-{id}"))),
+    }
 }
 
 /// systemd nests `a-b.slice` in `a.slice` (systemd.slice(5)).
@@ -133,45 +147,94 @@ impl PodCgroup {
 }
 
 fn make(root: &Path, relative: &Path) -> io::Result<(OwnedFd, Vec<PathBuf>)> {
-    let mut path = root.to_owned();
     let mut made = Vec::new();
+    let directory = make_and_open(root, relative, &mut made);
+    let directory = directory.inspect_err(|_| remove(&made))?;
+    Ok((directory, made))
+}
+
+fn make_and_open(root: &Path, relative: &Path, made: &mut Vec<PathBuf>) -> io::Result<OwnedFd> {
+    let mut path = root.to_owned();
     for part in relative.components() {
         path.push(part);
         match fs::create_dir(&path) {
-            Ok(()) => made.push(path.clone()),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(e) => {
-                remove(&made);
-                return Err(e);
+            Ok(()) => {
+                made.push(path.clone());
+                mark(&path);
             }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
         }
     }
     let directory = File::options()
         .read(true)
         .custom_flags(libc::O_DIRECTORY | libc::O_CLOEXEC)
         .open(&path)?;
-    Ok((directory.into(), made))
+    Ok(directory.into())
 }
 
-/// Removes the cgroups that [`PodCgroup::create`] made, inmost first; one that others use stays.
-/// Bounded: the last process of a cgroup may be on its way out for a moment.
+/// Without its mark it can still be removed by the pod that made it.
+fn mark(path: &Path) {
+    let Ok(name) = CString::new(path.as_os_str().as_bytes()) else {
+        return;
+    };
+    // SAFETY: both strings end in NUL; the value is one byte of a live string.
+    let result =
+        unsafe { libc::setxattr(name.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
+    if result != 0 {
+        let e = io::Error::last_os_error();
+        log::debug!("mark cgroup {}: {e}", path.display());
+    }
+}
+
+fn is_marked(path: &Path) -> bool {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else {
+        return false;
+    };
+    // SAFETY: both strings end in NUL; a size of 0 asks for the length alone.
+    unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
+}
+
+/// Removes the cgroups that [`PodCgroup::create`] made, inmost first, and marked ones above them that
+/// nobody uses any more; one that others use stays. Bounded: the last process of a cgroup may be on its
+/// way out for a moment.
 pub fn remove(made: &[PathBuf]) {
-    for path in made.iter().rev() {
-        for attempt in 0..20 {
-            match fs::remove_dir(path) {
-                Err(e) if e.kind() == io::ErrorKind::ResourceBusy && attempt < 19 => {
-                    // Another pod's cgroup below a parent of ours keeps it busy for good.
-                    if attempt == 0 && has_children(path) {
-                        return;
-                    }
-                    thread::sleep(Duration::from_millis(2));
-                }
-                Ok(()) => break,
-                Err(e) if e.kind() == io::ErrorKind::NotFound => break,
-                Err(_) => return,
-            }
+    if let Some(inmost) = made.last() {
+        remove_upwards(inmost, made);
+    }
+}
+
+/// Removes `path`, and marked ones above it, if it is marked and nobody uses it.
+pub fn remove_marked(path: &Path) {
+    remove_upwards(path, &[]);
+}
+
+fn remove_upwards(inmost: &Path, made: &[PathBuf]) {
+    for path in inmost.ancestors() {
+        let ours = made.iter().any(|one| one == path) || is_marked(path);
+        if !ours || !remove_one(path) {
+            return;
         }
     }
+}
+
+/// Whether it is gone.
+fn remove_one(path: &Path) -> bool {
+    for attempt in 0..20 {
+        match fs::remove_dir(path) {
+            Ok(()) => return true,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return true,
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy => {
+                // Another pod's cgroup below a parent of ours keeps it busy for good.
+                if attempt == 0 && has_children(path) {
+                    return false;
+                }
+                thread::sleep(Duration::from_millis(2));
+            }
+            Err(_) => return false,
+        }
+    }
+    false
 }
 
 fn has_children(path: &Path) -> bool {
@@ -222,5 +285,39 @@ mod tests {
         assert!(root.path().join("old/ns/b").exists());
         remove(second.made());
         assert!(root.path().join("old").exists());
+        // Made by the first, and left empty by the second.
+        assert!(!root.path().join("old/ns").exists());
+    }
+
+    #[test]
+    fn a_shared_parent_goes_with_the_last_pod_whoever_made_it() {
+        let Some(root) = root() else {
+            return;
+        };
+        let parent = PathBuf::from(format!("husk-test-{}", std::process::id()));
+        let first = PodCgroup::create(root, &parent.join("pods/a")).unwrap();
+        let second = PodCgroup::create(root, &parent.join("pods/b")).unwrap();
+        assert_eq!(second.made(), [root.join(&parent).join("pods/b")]);
+        remove(first.made());
+        assert!(second.path().exists());
+        remove(second.made());
+        assert!(!root.join(&parent).exists());
+
+        // What somebody else made stays, however empty.
+        fs::create_dir(root.join(&parent)).unwrap();
+        let pod = PodCgroup::create(root, &parent.join("a")).unwrap();
+        remove(pod.made());
+        assert!(!pod.path().exists());
+        fs::remove_dir(root.join(&parent)).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_opened_is_not_left() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("ns")).unwrap();
+        fs::write(root.path().join("ns/a"), "").unwrap();
+        assert!(PodCgroup::create(root.path(), Path::new("ns/a")).is_err());
+        assert!(PodCgroup::create(root.path(), Path::new("ns/new/\0")).is_err());
+        assert!(!root.path().join("ns/new").exists());
     }
 }

@@ -81,7 +81,6 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
             if let Ok(events) = boot(setup, &vm, &kvm, agent).await {
                 return Ok(launched(vm, events));
             }
-            distrust(setup, &template);
             Fault::internal("it does not boot either")
         }
     };
@@ -148,12 +147,14 @@ async fn restore(
             Ok(())
         }
         Ok(Err(e)) => {
-            if let RestoreError::Unfit(_) = e {
+            // A host that is short of something now may well run it later.
+            if !matches!(e, RestoreError::Failed(_)) {
                 distrust(setup, template);
             }
             Err(Fault::internal(e))
         }
         Err(_) => {
+            distrust(setup, template);
             let why = unanswered("VMM", limit);
             vm.fail(why.clone()).await;
             Err(Fault::internal(why))

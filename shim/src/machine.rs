@@ -73,6 +73,9 @@ pub enum RestoreError {
     /// Nothing is known against it.
     #[error("{0}")]
     Failed(Fault),
+    /// The VMM has not survived it, or at least not answered.
+    #[error("{0}")]
+    Lost(Fault),
 }
 
 impl Machine {
@@ -129,7 +132,10 @@ impl Machine {
                 let reason = untrusted::message(status.message());
                 Err(RestoreError::Unfit(reason))
             }
-            Err(e) => Err(RestoreError::Failed(Fault::of_call("restore it", e))),
+            Err(e @ ttrpc::Error::RpcStatus(_)) => {
+                Err(RestoreError::Failed(Fault::of_call("restore it", e)))
+            }
+            Err(e) => Err(RestoreError::Lost(Fault::of_call("restore it", e))),
         }
     }
 

@@ -312,10 +312,8 @@ impl Pod {
         plan: &Plan,
         timeline: &Arc<Timeline>,
     ) -> Result<Setup, Fault> {
-        let cgroup = match &plan.cgroups_path {
-            Some(path) => cgroup::relative_path(path).map_err(Fault::invalid)?,
-            None => PathBuf::from(format!("husk-{}", self.identity.id)),
-        };
+        let cgroup = cgroup::of_pod(plan.cgroups_path.as_deref(), &self.identity.id)
+            .map_err(Fault::invalid)?;
         Ok(Setup {
             scope: self.scope(&config, plan),
             config,

@@ -17,6 +17,8 @@ use std::{
 
 use thiserror::Error;
 
+use crate::record;
+
 /// Above every descriptor number that the child gives out.
 const FIRST_FREE: RawFd = 10;
 
@@ -88,10 +90,11 @@ pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
 
     // Ends with execve, which closes the child's end, or with the child.
     let mut failure = Vec::new();
-    File::from(outcome)
-        .take(5)
-        .read_to_end(&mut failure)
-        .map_err(prepare)?;
+    let told = File::from(outcome).take(5).read_to_end(&mut failure);
+    told.map_err(|e| {
+        end(&child.pidfd);
+        prepare(e)
+    })?;
     let [stage, errno @ ..] = failure.as_slice() else {
         return Ok(child);
     };
@@ -245,6 +248,15 @@ fn duplicate_above(fd: RawFd, least: RawFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(new) })
 }
 
+/// Kills a child that is of no use, and collects it.
+pub fn end(pidfd: &OwnedFd) {
+    if let Err(e) = record::kill(pidfd) {
+        // It dies of its closed sockets all the same; waiting for that might take for ever.
+        return log::error!("kill husk-vmm: {e}");
+    }
+    reap(pidfd);
+}
+
 /// Collects a child that has ended, and says how; one that was collected before says nothing.
 pub fn reap(pidfd: &OwnedFd) -> Option<String> {
     // SAFETY: siginfo_t is plain data, for which zeroes are a value.
@@ -322,6 +334,18 @@ mod tests {
         assert!(!said.contains(&ours), "{said}");
         let own = File::open("/proc/self/ns/net").unwrap();
         let _ = run(script, Some(own.as_fd()));
+    }
+
+    #[test]
+    fn a_child_of_no_use_is_ended_and_collected() {
+        let child = std::process::Command::new("/bin/sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let known = record::ProcessId::of(child.id()).unwrap();
+        end(&known.open().unwrap().unwrap());
+        // Not even a zombie.
+        assert!(!Path::new(&format!("/proc/{}", child.id())).exists());
     }
 
     #[test]

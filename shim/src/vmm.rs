@@ -48,6 +48,7 @@ impl Vmm {
             .unwrap_or_default();
         let start = || {
             let (stderr, remote_stderr) = spawn::pipe().map_err(Fault::internal)?;
+            let log = VmmLog::drain(stderr).map_err(Fault::internal)?;
             let child = spawn::spawn(&Launch {
                 program: &config.vmm,
                 machine: remote.machine.as_fd(),
@@ -57,11 +58,16 @@ impl Vmm {
                 cgroup: cgroup.as_ref().map(PodCgroup::directory),
             })
             .map_err(Fault::internal)?;
-            let pidfd = ready::watch(child.pidfd, Interest::READABLE).map_err(Fault::internal)?;
+            // Last, as what is started has to be ended if anything fails from here on.
+            let pidfd = ready::try_watch(child.pidfd, Interest::READABLE);
+            let pidfd = pidfd.map_err(|(pidfd, cause)| {
+                spawn::end(&pidfd);
+                Fault::internal(format_args!("watch husk-vmm: {cause}"))
+            })?;
             Ok(Self {
                 pid: child.pid,
                 pidfd,
-                log: VmmLog::drain(stderr).map_err(Fault::internal)?,
+                log,
                 cgroups: cgroups.clone(),
             })
         };

@@ -90,6 +90,7 @@ fn main() {
         a_shim_that_was_killed_is_cleaned_up_after
         two_containers_of_a_group_share_a_shim
         a_vm_started_ahead_and_not_wanted_leaves_nothing
+        a_start_that_fails_leaves_no_shim
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
@@ -192,8 +193,8 @@ impl Host {
             .unwrap()
     }
 
-    /// A bundle whose process is `args`, and its shim.
-    async fn start(&self, id: &str, args: &[&str], annotations: &[(&str, &str)]) -> Task {
+    /// A bundle whose process is `args`.
+    fn bundle(&self, id: &str, args: &[&str], annotations: &[(&str, &str)]) -> PathBuf {
         let bundle = self.at(id);
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         let annotations: HashMap<_, _> = annotations.iter().copied().collect();
@@ -215,6 +216,12 @@ impl Host {
                 .unwrap();
             assert!(status.success());
         }
+        bundle
+    }
+
+    /// A bundle whose process is `args`, and its shim.
+    async fn start(&self, id: &str, args: &[&str], annotations: &[(&str, &str)]) -> Task {
+        let bundle = self.bundle(id, args, annotations);
         let started = self.shim(id, "start");
         let address = String::from_utf8(started.stdout).unwrap();
         assert!(
@@ -810,4 +817,20 @@ async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
     };
     assert!(host.shim("c3", "delete").status.success());
     host.nothing_is_left(&task.address()).await;
+}
+
+async fn a_start_that_fails_leaves_no_shim() {
+    let host = Host::new().await;
+    host.bundle("c1", &["true"], &[]);
+    // Where its record should be.
+    let records = PathBuf::from(format!("/run/husk/{}", host.namespace));
+    fs::create_dir_all(&records).unwrap();
+    fs::write(records.join("c1"), "").unwrap();
+    let started = host.shim("c1", "start");
+    let complaint = String::from_utf8_lossy(&started.stderr).into_owned();
+    assert!(!started.status.success());
+    assert!(complaint.contains("write the record in"), "{complaint}");
+    fs::remove_dir_all(&records).unwrap();
+    let address = fs::read_to_string(host.at("c1").join("address")).unwrap();
+    host.nothing_is_left(&address).await;
 }

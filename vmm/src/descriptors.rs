@@ -76,18 +76,19 @@ fn receive(channel: RawFd) -> io::Result<Option<Message>> {
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = CONTROL_SIZE;
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: the message points at live buffers of the lengths it states.
-    let received = unsafe { libc::recvmsg(channel, &mut message, flags) };
-    match received {
-        0.. => {}
-        _ => {
-            let error = io::Error::last_os_error();
-            return match error.kind() {
-                io::ErrorKind::WouldBlock => Ok(None),
-                _ => Err(error),
-            };
+    let received = loop {
+        // SAFETY: the message points at live buffers of the lengths it states.
+        let received = unsafe { libc::recvmsg(channel, &mut message, flags) };
+        if received >= 0 {
+            break received;
         }
-    }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Ok(None),
+            _ => return Err(error),
+        }
+    };
     let mut descriptors = descriptors_of(&message);
     if received == 0 && descriptors.is_empty() {
         // The client closed the channel.

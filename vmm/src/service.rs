@@ -1,7 +1,8 @@
 //! The machine service (`machine.proto`), for one client on one connection.
 //!
 //! Runs on the main thread alone. Everything long happens elsewhere: requests only start, ask or
-//! wait. Save alone is long, and nothing else may happen meanwhile. When the client closes the connection the process ends, whatever the guest is doing.
+//! wait. Save alone is long, and nothing else may happen meanwhile. When the client closes the
+//! connection the process ends, whatever the guest is doing.
 
 use std::{
     fs::File,
@@ -94,12 +95,14 @@ struct MachineService {
 }
 
 impl MachineService {
+    fn receive(&self, field: &'static str, token: u64) -> Result<OwnedFd, DescriptorError> {
+        let descriptors = self.descriptors.lock();
+        let mut descriptors = descriptors.unwrap_or_else(PoisonError::into_inner);
+        descriptors.take(field, token)
+    }
+
     fn take(&self, field: &'static str, token: u64) -> ttrpc::Result<OwnedFd> {
-        let mut descriptors = self
-            .descriptors
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        descriptors.take(field, token).map_err(|e| {
+        self.receive(field, token).map_err(|e| {
             let code = match &e {
                 DescriptorError::Unknown { .. } => Code::INVALID_ARGUMENT,
                 DescriptorError::Receive(_) => Code::INTERNAL,
@@ -174,19 +177,25 @@ impl Machine for MachineService {
         request: RestoreRequest,
     ) -> ttrpc::Result<RestoreResponse> {
         self.no_vm_yet()?;
+        // The client throws a saved machine away for an INVALID_ARGUMENT. A descriptor that did not
+        // come is no fault of it.
+        let take = |field, token| {
+            let taken = self.receive(field, token).map(File::from);
+            taken.map_err(|e| status(Code::INTERNAL, e))
+        };
         let pages = match request.pages_fd {
             0 => None,
-            token => Some(File::from(self.take("pages_fd", token)?)),
+            token => Some(take("pages_fd", token)?),
         };
         let config = RestoreConfig {
-            kvm: self.take("kvm_fd", request.kvm_fd)?,
-            memory: File::from(self.take("memory_fd", request.memory_fd)?),
-            state: File::from(self.take("state_fd", request.state_fd)?),
-            agent: self.take("agent_fd", request.agent_fd)?,
+            kvm: take("kvm_fd", request.kvm_fd)?.into(),
+            memory: take("memory_fd", request.memory_fd)?,
+            state: take("state_fd", request.state_fd)?,
+            agent: take("agent_fd", request.agent_fd)?.into(),
             pages,
         };
         let vm = Vm::restore(config, Arc::clone(&self.files))
-            .map_err(|e| status(fault(e.is_clients()), e))?;
+            .map_err(|e| status(fault(e.is_the_images()), e))?;
         self.keep(vm);
         Ok(RestoreResponse::new())
     }

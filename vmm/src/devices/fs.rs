@@ -8,8 +8,10 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError},
     },
-    thread::{self, JoinHandle},
+    thread,
+    time::Duration,
 };
 
 use husk_proto::SHARES_TAG;
@@ -33,6 +35,9 @@ const REQUEST_QUEUES: u32 = 1;
 const QUEUE_NAMES: [&str; 1 + REQUEST_QUEUES as usize] = ["hiprio", "request"];
 const QUEUE_SIZES: [u16; 1 + REQUEST_QUEUES as usize] = [16, 128];
 const TAG_SIZE: usize = 36;
+/// For the host to answer what is under way when the device is stopped. Whoever stops it holds the
+/// PCI bus, which every vCPU may be waiting for.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The device; its files are those of the server.
 pub struct FsDevice {
@@ -102,7 +107,23 @@ impl VirtioDevice for FsDevice {
     }
 
     fn stop(&mut self) -> Vec<Queue> {
-        self.workers.drain(..).filter_map(Worker::stop).collect()
+        let stuck = |worker: Worker| {
+            let name = worker.name;
+            worker.stop(PATIENCE).map_err(|cause| DeviceError::Host {
+                device: NAME,
+                call: name,
+                cause,
+            })
+        };
+        let mut queues = Vec::new();
+        for stopped in self.workers.drain(..).map(stuck) {
+            match stopped {
+                Ok(queue) => queues.push(queue),
+                // Its thread may yet write to guest memory, so there is no going on.
+                Err(e) => self.ending.report(Cause::DeviceError, e),
+            }
+        }
+        queues
     }
 
     fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
@@ -121,9 +142,11 @@ impl VirtioDevice for FsDevice {
 
 /// A thread that serves one queue.
 struct Worker {
+    name: &'static str,
     stopping: Arc<AtomicBool>,
     doorbell: EventFd,
-    thread: JoinHandle<Queue>,
+    /// Its queue, when it has ended.
+    ended: Receiver<Queue>,
 }
 
 impl Worker {
@@ -145,28 +168,34 @@ impl Worker {
             server,
             stopping: Arc::clone(&stopping),
         };
-        let thread = thread::Builder::new()
+        let (end, ended) = mpsc::sync_channel(1);
+        thread::Builder::new()
             .name(format!("fs-{name}"))
             .spawn(move || {
                 if let Err(e) = serving.run() {
                     ending.report(Cause::DeviceError, e);
                 }
-                serving.queue
+                // Nobody waits for it any more where it took too long.
+                let _ = end.send(serving.queue);
             })?;
         Ok(Self {
+            name,
             stopping,
             doorbell,
-            thread,
+            ended,
         })
     }
 
-    fn stop(self) -> Option<Queue> {
+    /// Has the thread end, and waits for it no longer than `patience`.
+    fn stop(self, patience: Duration) -> io::Result<Queue> {
         self.stopping.store(true, Ordering::SeqCst);
-        if let Err(e) = self.doorbell.write(1) {
-            log::error!("fs: wake a worker: {e}");
-            return None;
-        }
-        self.thread.join().ok()
+        self.doorbell.write(1)?;
+        self.ended.recv_timeout(patience).map_err(|e| match e {
+            RecvTimeoutError::Timeout => io::Error::other(format!(
+                "a file operation of the host has not returned for {patience:?}"
+            )),
+            RecvTimeoutError::Disconnected => io::Error::other("its thread died"),
+        })
     }
 }
 
@@ -251,5 +280,23 @@ impl Serving {
                 return Ok(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_the_host_holds_up_is_not_waited_for_for_ever() {
+        let (_end, ended) = mpsc::sync_channel(1);
+        let worker = Worker {
+            name: "request",
+            stopping: Arc::default(),
+            doorbell: EventFd::new(0).unwrap(),
+            ended,
+        };
+        let error = worker.stop(Duration::from_millis(10)).err().unwrap();
+        assert!(error.to_string().contains("has not returned"), "{error}");
     }
 }

@@ -63,7 +63,7 @@ impl FileServer {
             }
             let (mut ino, mut told) = (entry.ino, EntryOut::default());
             let dots = matches!(entry.name.to_bytes(), b"." | b"..");
-            if plus && !dots {
+            if plus && !dots && self.budget.is_ample() {
                 match self.enter(&handle.node, entry.name) {
                     Ok((node, stat)) => {
                         ino = stat.stx_ino;

@@ -1,7 +1,9 @@
 //! Descriptors: how many this process may hold, and how many of them the guest may use up.
 //!
-//! Every inode the guest knows and every file it has open costs one. When its part is used up the
-//! guest is told so (ENFILE); the VMM itself never runs out.
+//! Every inode the guest knows and every file it has open costs one, and with it an inode that the
+//! host's kernel cannot drop: about a kilobyte that no limit of the pod accounts for. So a guest gets
+//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); the VMM
+//! itself never runs out.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -10,10 +12,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::sys::Errno;
 
-/// Descriptors asked for: what the kernel allows at most unless told otherwise (fs.nr_open).
-const WANTED: libc::rlim_t = 1 << 20;
+/// The guest's part: inodes that it knows, and open files, together.
+const GUEST: libc::rlim_t = 1 << 16;
 /// Descriptors that are not the guest's to use up: queues, sockets, shares.
-const RESERVED: libc::rlim_t = 512;
+const RESERVED: libc::rlim_t = 4096;
+/// As many of them where the host does not allow both.
+const RESERVED_LEAST: libc::rlim_t = 512;
+const WANTED: libc::rlim_t = GUEST + RESERVED;
 /// Entries that the descriptor table gets at once.
 const TABLE: libc::rlim_t = 4096;
 
@@ -32,11 +37,18 @@ pub(super) fn prepare() -> io::Result<Arc<Budget>> {
             drop(OwnedFd::from_raw_fd(copy));
         }
     }
-    let guests = limit.saturating_sub(RESERVED).max(RESERVED);
-    Ok(Budget::new(usize::try_from(guests).unwrap_or(usize::MAX)))
+    Ok(Budget::new(
+        usize::try_from(guests_part(limit)).unwrap_or(usize::MAX),
+    ))
 }
 
-/// Raises the limit to [`WANTED`], or where that is not allowed, the soft limit to the hard one.
+/// Of `limit` descriptors in all.
+fn guests_part(limit: libc::rlim_t) -> libc::rlim_t {
+    let rest = limit.saturating_sub(RESERVED_LEAST).max(RESERVED_LEAST);
+    rest.min(GUEST)
+}
+
+/// Sets the limit to [`WANTED`], or where that is not allowed, the soft limit to the hard one.
 /// Returns the limit in force.
 fn raise_open_files() -> io::Result<libc::rlim_t> {
     let mut limit = libc::rlimit {
@@ -58,23 +70,32 @@ fn raise_open_files() -> io::Result<libc::rlim_t> {
             _ => Err(io::Error::last_os_error()),
         }
     };
-    match limit.rlim_max < WANTED {
-        true => set(WANTED).or_else(|_| set(limit.rlim_max)),
-        false => set(limit.rlim_max),
-    }
+    set(WANTED).or_else(|_| set(limit.rlim_max))
 }
 
 /// The number of descriptors the guest may make the server hold.
-pub(super) struct Budget(AtomicUsize);
+pub(super) struct Budget {
+    left: AtomicUsize,
+    /// With less than this left, nothing is spent on what the guest did not ask for by name.
+    low: usize,
+}
 
 impl Budget {
     pub(super) fn new(descriptors: usize) -> Arc<Budget> {
-        Arc::new(Budget(AtomicUsize::new(descriptors)))
+        Arc::new(Budget {
+            left: AtomicUsize::new(descriptors),
+            low: descriptors / 4,
+        })
+    }
+
+    /// Whether there is enough to look files up before the guest asks for them (READDIRPLUS).
+    pub(super) fn is_ample(&self) -> bool {
+        self.left.load(Ordering::Relaxed) > self.low
     }
 
     /// Permission to hold one descriptor; ENFILE when the guest has used up its share.
     pub(super) fn take(self: &Arc<Budget>) -> Result<Permit, Errno> {
-        self.0
+        self.left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
                 left.checked_sub(1)
             })
@@ -88,6 +109,30 @@ pub(super) struct Permit(Arc<Budget>);
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.0.fetch_add(1, Ordering::Relaxed);
+        self.0.left.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_gets_its_part_however_much_the_host_allows() {
+        assert_eq!(guests_part(1 << 30), 1 << 16);
+        assert_eq!(guests_part(WANTED), 1 << 16);
+        assert_eq!(guests_part(4096), 4096 - 512);
+        assert_eq!(guests_part(100), 512);
+    }
+
+    #[test]
+    fn what_is_dropped_can_be_taken_again() {
+        let budget = Budget::new(4);
+        let mut permits: Vec<Permit> = (0..3).filter_map(|_| budget.take().ok()).collect();
+        assert!(!budget.is_ample());
+        permits.extend(budget.take().ok());
+        assert_eq!(budget.take().err(), Some(Errno(libc::ENFILE)));
+        permits.clear();
+        assert!(budget.is_ample() && budget.take().is_ok());
     }
 }

@@ -101,6 +101,15 @@ impl KvmError {
         }
     }
 
+    /// Whether KVM did not like what it was given, and is not just short of something.
+    fn is_refusal(&self) -> bool {
+        // Without an errno it is our own finding about the values.
+        matches!(
+            self.cause.raw_os_error(),
+            None | Some(libc::EINVAL | libc::E2BIG)
+        )
+    }
+
     fn refused_msr(index: u32) -> Self {
         Self {
             call: "KVM_SET_MSRS",

@@ -7,6 +7,7 @@
 
 use std::{
     fs::File,
+    io,
     os::fd::OwnedFd,
     sync::{Arc, PoisonError},
     time::Instant,
@@ -25,6 +26,7 @@ use crate::{
     fs::FileServer,
     memory::image,
     state::{self, StateError},
+    virtio::DeviceError,
 };
 
 // Linux 6.11 and later; not in the bindings yet.
@@ -74,11 +76,18 @@ pub enum RestoreError {
 }
 
 impl RestoreError {
-    /// Whether the client's files are at fault; else the host failed.
-    pub fn is_clients(&self) -> bool {
+    /// Whether the saved machine is at fault, as none like it will ever run here: the client throws it
+    /// away for that. Else the host failed, or whoever asked.
+    pub fn is_the_images(&self) -> bool {
         match self {
-            Self::Build(e) => e.is_clients(),
-            _ => true,
+            Self::State(StateError::Read(e)) => e.kind() == io::ErrorKind::UnexpectedEof,
+            Self::State(_) | Self::Cpuid { .. } => true,
+            Self::Frequency(clock::FrequencyError::Unscalable { .. }) => true,
+            Self::Frequency(clock::FrequencyError::Kvm(e)) | Self::Refused(e) => e.is_refusal(),
+            Self::Build(BuildError::Memory(e)) => e.is_clients(),
+            // The devices are ours; what their queues hold is the image's.
+            Self::Build(BuildError::Device(e)) => !matches!(e, DeviceError::Host { .. }),
+            Self::Build(_) => false,
         }
     }
 }
@@ -190,4 +199,49 @@ fn cpuids(kvm: &Kvm, saved: &state::Machine) -> Result<Vec<CpuId>, RestoreError>
         cpuids.push(was);
     }
     Ok(cpuids)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{memory::MemoryError, vm::KvmError};
+
+    fn refused(errno: i32) -> KvmError {
+        KvmError {
+            call: "KVM_SET_SREGS",
+            cause: io::Error::from_raw_os_error(errno),
+        }
+    }
+
+    #[test]
+    fn an_image_is_blamed_for_what_it_holds_and_not_for_a_shortage() {
+        let images: [RestoreError; 6] = [
+            StateError::Checksum.into(),
+            StateError::Read(io::ErrorKind::UnexpectedEof.into()).into(),
+            RestoreError::Refused(refused(libc::EINVAL)),
+            RestoreError::Refused(KvmError::refused_msr(0x10)),
+            BuildError::Memory(MemoryError::Span).into(),
+            clock::FrequencyError::Unscalable { saved: 1, host: 2 }.into(),
+        ];
+        for error in images {
+            assert!(error.is_the_images(), "{error}");
+        }
+        let hosts: [RestoreError; 7] = [
+            StateError::Read(io::Error::from_raw_os_error(libc::EIO)).into(),
+            RestoreError::Refused(refused(libc::ENOMEM)),
+            clock::FrequencyError::Kvm(refused(libc::EINTR)).into(),
+            BuildError::Kvm(refused(libc::EINVAL)).into(),
+            BuildError::NotKvm(-1).into(),
+            BuildError::Memory(MemoryError::Image(io::ErrorKind::OutOfMemory.into())).into(),
+            BuildError::Device(DeviceError::Host {
+                device: "fs",
+                call: "start a thread",
+                cause: io::Error::from_raw_os_error(libc::EAGAIN),
+            })
+            .into(),
+        ];
+        for error in hosts {
+            assert!(!error.is_the_images(), "{error}");
+        }
+    }
 }

@@ -289,6 +289,7 @@ fn the_guest_cannot_use_up_the_descriptors() {
     let client = host.client();
     fs::write(host.path("file"), "").unwrap();
     let node = client.walk(host.root, "file").unwrap();
+    let root = client.opendir(host.root).unwrap().fh;
     let mut permits = Vec::new();
     while let Ok(permit) = host.server.budget.take() {
         permits.push(permit);
@@ -299,6 +300,9 @@ fn the_guest_cannot_use_up_the_descriptors() {
         libc::ENFILE
     );
     assert!(!host.path("dir").exists());
+    // What there is can still be listed.
+    let listed = client.list(host.root, root, 0, 4096, true).unwrap();
+    assert_eq!(listed.len(), 3);
     permits.pop();
     assert!(client.open(node, libc::O_RDONLY).is_ok());
 }

@@ -147,6 +147,19 @@ impl Container {
         line.split_whitespace().last().map(str::to_owned)
     }
 
+    /// The host's process that is its pod: the VMM, with husk.
+    #[track_caller]
+    pub fn pid(&self) -> u32 {
+        let list = command::run(&mut ctr(&["task", "ls"]), b"").ok();
+        list.lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace();
+                (words.next() == Some(&self.id)).then(|| words.next()?.parse().ok())?
+            })
+            .next()
+            .unwrap_or_else(|| panic!("{} is not in {list}", self.id))
+    }
+
     #[track_caller]
     pub fn wait_stopped(&self) {
         let stopped = eventually(Instant::now() + PATIENCE, || {

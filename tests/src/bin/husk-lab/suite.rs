@@ -41,9 +41,10 @@ pub fn run(options: &Options) -> Result<u8> {
             let full = format!("{target}::{name}");
             let wanted =
                 options.words.is_empty() || options.words.iter().any(|word| full.contains(word));
-            if !wanted {
+            let long = ignored.contains(&name);
+            if !wanted || (options.ignored && !long) {
                 tally.filtered += 1;
-            } else if ignored.contains(&name) {
+            } else if long && !options.ignored {
                 tally.ignored += 1;
             } else {
                 cases.push(Case {

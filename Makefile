@@ -67,9 +67,9 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 
-## test-long: what takes longer than `make test` may
+## test-long: the tests that take longer than `make test` may, about an hour in software
 test-long: build husk-lab
-	@echo "husk has no long tests yet; \`make test\` is all there is."
+	$(LAB) test --ignored --limit 3600 --timeout 10800 $(TESTS)
 
 ## bench: husk beside runc in virtual time, into target/bench/report.json
 bench: build husk-bench

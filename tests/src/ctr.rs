@@ -104,10 +104,16 @@ impl<'a> Run<'a> {
         self.feed(b"")
     }
 
+    /// Starts it, and waits for nothing.
+    #[track_caller]
+    pub fn start(&self, id: &str) -> Running {
+        command::start(&mut self.command(id), b"")
+    }
+
     /// Starts it and waits until its task runs.
     #[track_caller]
     pub fn start_and_see(&self, id: &str) -> Running {
-        let mut running = command::start(&mut self.command(id), b"");
+        let mut running = self.start(id);
         let seen = eventually(Instant::now() + PATIENCE / 2, || {
             // Each look is a process on the processors that the guest boots on.
             thread::sleep(Duration::from_millis(250));
@@ -171,6 +177,19 @@ impl Container {
     /// The task's line in `ctr task ls`: RUNNING, STOPPED, …
     pub fn state(&self) -> Option<String> {
         state(&self.id)
+    }
+
+    /// The host's process that is its pod: the VMM, with husk.
+    #[track_caller]
+    pub fn pid(&self) -> u32 {
+        let list = command::run(&mut ctr(&["task", "ls"]), b"").ok();
+        list.lines()
+            .filter_map(|line| {
+                let mut words = line.split_whitespace();
+                (words.next() == Some(&self.id)).then(|| words.next()?.parse().ok())?
+            })
+            .next()
+            .unwrap_or_else(|| panic!("{} is not in {list}", self.id))
     }
 
     #[track_caller]

@@ -7,5 +7,6 @@ pub mod cpio;
 pub mod ctr;
 pub mod machine;
 pub mod settings;
+pub mod templates;
 pub mod terminal;
 pub mod wire;

@@ -36,6 +36,7 @@ options:
   --cpus N          processors of the lab [2]
   --timeout SECS    give the whole run up after so much wall time [run: 900, test: 3000]
   --limit SECS      lab time that one test may take [600]
+  --ignored         the tests that are ignored otherwise, and no others: they take long
   --virtual-time    the clock counts instructions (as in bench)
   --no-containerd   do not start containerd
   --stock-qemu      use the host's QEMU instead of building the patched one
@@ -55,6 +56,7 @@ struct Options {
     clock: Clock,
     containerd: bool,
     stock_qemu: bool,
+    ignored: bool,
     words: Vec<String>,
 }
 
@@ -105,6 +107,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         clock: Clock::Wall,
         containerd: true,
         stock_qemu: std::env::var_os("HUSK_STOCK_QEMU").is_some(),
+        ignored: false,
         words: Vec::new(),
     };
     while let Some(arg) = args.next() {
@@ -129,6 +132,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--limit" => options.limit_secs = value()?.parse().context("--limit")?,
             "--virtual-time" => options.clock = Clock::Virtual,
             "--no-containerd" => options.containerd = false,
+            "--ignored" => options.ignored = true,
             "--stock-qemu" => options.stock_qemu = true,
             "--" => options.words.extend(args.by_ref()),
             _ if arg.starts_with('-') => bail!("unknown option {arg}\n{USAGE}"),

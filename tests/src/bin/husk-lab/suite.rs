@@ -50,10 +50,12 @@ pub fn run(options: &Options) -> Result<u8> {
                 };
                 let tally = tallies.entry(tally_name(&case)).or_default();
                 let title = case.title();
-                let wanted = |word: &String| title.contains(word);
-                if !options.words.is_empty() && !options.words.iter().any(wanted) {
+                let chosen = |word: &String| title.contains(word);
+                let wanted = options.words.is_empty() || options.words.iter().any(chosen);
+                let long = ignored.contains(&case.name);
+                if !wanted || (options.ignored && !long) {
                     tally.filtered += 1;
-                } else if ignored.contains(&case.name) {
+                } else if long && !options.ignored {
                     tally.ignored += 1;
                 } else {
                     cases.push(case);

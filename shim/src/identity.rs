@@ -39,19 +39,24 @@ pub fn hello() -> api::HelloRequest {
 }
 
 /// Keeps the guest's wall clock with the host's, also when somebody sets that. Ends when the agent does not
-/// answer any more.
-pub async fn lead_clock(agent: AgentClient) {
+/// answer any more. `steps` was watched since before the guest was last told the time.
+pub async fn lead_clock(agent: AgentClient, mut steps: Option<ClockSteps>) {
     loop {
         let set = async {
-            if let Err(e) = clock_was_set().await {
-                log::warn!("watch the clock: {e}");
-                std::future::pending::<()>().await;
+            if let Some(steps) = &steps {
+                match steps.next().await {
+                    Ok(()) => return,
+                    Err(e) => log::warn!("watch the clock: {e}"),
+                }
             }
+            std::future::pending().await
         };
         tokio::select! {
             () = set => {}
             () = sleep(CORRECTION) => {}
         }
+        // Before the time is read, or a step that comes until the guest has it would be missed.
+        steps = ClockSteps::watch();
         let request = api::SetClockRequest {
             wall_clock_ns: wall_clock_ns(),
             ..api::SetClockRequest::default()
@@ -66,28 +71,50 @@ pub async fn lead_clock(agent: AgentClient) {
     }
 }
 
-/// Returns when the host's wall clock has jumped (timerfd_create(2), TFD_TIMER_CANCEL_ON_SET).
-async fn clock_was_set() -> io::Result<()> {
-    let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
-    // SAFETY: no pointers.
-    let fd = unsafe { libc::timerfd_create(libc::CLOCK_REALTIME, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
+/// Knows of the first step of the host's wall clock since it was made (timerfd_create(2),
+/// TFD_TIMER_CANCEL_ON_SET).
+pub struct ClockSteps(AsyncFd<OwnedFd>);
+
+impl ClockSteps {
+    /// None, which the log explains, if the kernel does not have it.
+    pub fn watch() -> Option<Self> {
+        match Self::armed() {
+            Ok(steps) => Some(steps),
+            Err(e) => {
+                log::warn!("watch the clock: {e}");
+                None
+            }
+        }
     }
-    // SAFETY: the descriptor was just made, and is nobody's else.
-    let timer = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: an all-zero itimerspec is a valid value.
-    let mut never: libc::itimerspec = unsafe { std::mem::zeroed() };
-    never.it_value.tv_sec = libc::time_t::MAX;
-    let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
-    // SAFETY: the structure lives across the call; no old value is asked for.
-    if unsafe { libc::timerfd_settime(timer.as_raw_fd(), flags, &never, std::ptr::null_mut()) } < 0
-    {
-        return Err(io::Error::last_os_error());
+
+    fn armed() -> io::Result<Self> {
+        let flags = libc::TFD_NONBLOCK | libc::TFD_CLOEXEC;
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::timerfd_create(libc::CLOCK_REALTIME, flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor was just made, and is nobody's else.
+        let timer = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: an all-zero itimerspec is a valid value.
+        let mut never: libc::itimerspec = unsafe { std::mem::zeroed() };
+        never.it_value.tv_sec = libc::time_t::MAX;
+        let flags = libc::TFD_TIMER_ABSTIME | libc::TFD_TIMER_CANCEL_ON_SET;
+        // SAFETY: the structure lives across the call; no old value is asked for.
+        let armed = unsafe {
+            libc::timerfd_settime(timer.as_raw_fd(), flags, &never, std::ptr::null_mut())
+        };
+        if armed < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        ready::watch(timer, Interest::READABLE).map(Self)
     }
-    let timer: AsyncFd<OwnedFd> = ready::watch(timer, Interest::READABLE)?;
-    timer.readable().await?.retain_ready();
-    Ok(())
+
+    /// Returns when the clock has been set, once or more.
+    async fn next(&self) -> io::Result<()> {
+        self.0.readable().await?.retain_ready();
+        Ok(())
+    }
 }
 
 fn wall_clock_ns() -> u64 {

@@ -31,7 +31,7 @@ use crate::{
     cgroup::{self, PodCgroup},
     config::Config,
     fault::Fault,
-    identity,
+    identity::{self, ClockSteps},
     machine::Machine,
     timeline::Timeline,
     untrusted,
@@ -229,6 +229,7 @@ impl Vm {
         timeline: Arc<Timeline>,
     ) {
         let left = limit.saturating_sub(self.begun.elapsed());
+        let steps = ClockSteps::watch();
         let greeting = timeout(left, async {
             let hello = self
                 .agent
@@ -261,7 +262,7 @@ impl Vm {
             self.begun.elapsed().as_millis()
         );
         self.advance(Phase::Ready);
-        tokio::spawn(identity::lead_clock(self.agent.clone()));
+        tokio::spawn(identity::lead_clock(self.agent.clone(), steps));
         loop {
             let event = match stream.recv().await {
                 Ok(Some(event)) => event.event,

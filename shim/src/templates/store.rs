@@ -206,10 +206,17 @@ impl Store {
     }
 
     fn open_directory(&self, key: &Key) -> io::Result<Option<(File, fs::Metadata)>> {
-        let opened = File::options()
-            .read(true)
-            .custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW)
-            .open(self.directory.join(key.as_str()));
+        let open = |flags| {
+            File::options()
+                .read(true)
+                .custom_flags(flags | libc::O_NOFOLLOW)
+                .open(self.directory.join(key.as_str()))
+        };
+        // What is no directory has no files: it is found unfit, and goes.
+        let opened = open(libc::O_DIRECTORY).or_else(|e| match e.raw_os_error() {
+            Some(libc::ENOTDIR | libc::ELOOP) => open(libc::O_PATH),
+            _ => Err(e),
+        });
         match opened {
             Ok(directory) => {
                 let found = directory.metadata()?;
@@ -295,12 +302,16 @@ pub(super) fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
-/// Deletes a directory of the store, whoever else is at it too.
+/// Deletes a directory of the store, or what is there instead, whoever else is at it too.
 pub(super) fn discard(directory: &Path) -> io::Result<()> {
     if let Ok(memory) = open_plain(&directory.join(MEMORY)) {
         let _ = set_immutable(&memory, false);
     }
-    match fs::remove_dir_all(directory) {
+    let removed = match fs::symlink_metadata(directory) {
+        Ok(found) if !found.is_dir() => fs::remove_file(directory),
+        _ => fs::remove_dir_all(directory),
+    };
+    match removed {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(()),
     }

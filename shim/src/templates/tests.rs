@@ -399,3 +399,30 @@ fn many_at_once_start_from_whole_templates_only() {
         host.names()
     );
 }
+
+#[test]
+fn what_is_no_directory_is_unfit_and_goes() {
+    let host = Host::new();
+    let put: [fn(&Path); 2] = [
+        |place| fs::write(place, "text").unwrap(),
+        |place| symlink("/nowhere", place).unwrap(),
+    ];
+    for put in put {
+        let (made_of, place) = host.make("a");
+        let remove = |store: &Store| store.remove(&made_of.key(), None).unwrap();
+        assert!(remove(&host.store));
+        put(&place);
+        let unfit = host.store.open(&made_of).unwrap_err();
+        assert_eq!(host.store.list().unwrap().len(), 1);
+        assert!(host.store.list().unwrap()[0].check().is_err());
+        let gone = host.store.remove(&made_of.key(), Some(unfit.identity));
+        assert!(gone.unwrap());
+        assert!(host.names().is_empty());
+        put(&place);
+        assert_eq!(host.store.gc(ALL).unwrap().len(), 1);
+        put(&place);
+        host.make("a");
+        assert_eq!(host.read(&made_of), "memorystatepages");
+        assert!(remove(&host.store));
+    }
+}

@@ -38,10 +38,8 @@ fn hostname() -> String {
 fn template_age() -> f64 {
     let logs = [(); 2].map(|()| {
         let log = Run::husk(&["dmesg"]).flags(&["--privileged"]).go().ok();
-        assert!(
-            !log.contains("WARNING") && !log.contains("clocksource: timekeeping"),
-            "{log}"
-        );
+        // How a kernel's complaint of itself begins: a stall, a lockup, a lost interrupt.
+        assert!(!log.contains("[ cut here ]"), "{log}");
         let times: Vec<f64> = log.lines().filter_map(stamp).collect();
         assert!(times.is_sorted(), "{log}");
         log
@@ -198,7 +196,9 @@ fn a_pods_clock_follows_the_hosts() {
     let before = pods.each_ref().map(uptime);
     for ahead in [HOUR, 0] {
         clock.set(ahead);
-        pods.iter().for_each(wait_for_right_time);
+        for pod in &pods {
+            wait_for_right_time(pod);
+        }
         // One that starts now is right from the start.
         let begun = now();
         let time = Run::husk(&["date", "+%s"]).go().ok();
@@ -225,6 +225,8 @@ fn a_pods_clock_follows_the_hosts_however_fast_that_steps() {
         for ahead in [HOUR, 2 * HOUR, 0] {
             clock.set(ahead);
         }
-        pods.iter().for_each(wait_for_right_time);
+        for pod in &pods {
+            wait_for_right_time(pod);
+        }
     }
 }

@@ -10,13 +10,14 @@ use containerd_shim_protos::{
 };
 use husk_proto::agent as api;
 use protobuf::MessageField;
+use tokio::time::Instant;
 use ttrpc::{Code, context};
 
 use crate::{
     args::is_identifier,
     events::{TaskEvent, timestamp},
     fault::Fault,
-    pod::{ANSWER, Pod},
+    pod::{ANSWER, DRAIN, Pod},
     process::{Exit, Process, UNKNOWN_STATUS},
     stdio::{self, Paths},
 };
@@ -191,7 +192,7 @@ impl Pod {
             };
             Ok((pid, exit, std::mem::take(&mut process.streams)))
         })?;
-        streams.drain(crate::pod::DRAIN).await;
+        streams.drain(Instant::now() + DRAIN).await;
         if let Ok(vm) = self.running_vm() {
             let request = api::DeleteRequest {
                 container_id: id.to_owned(),

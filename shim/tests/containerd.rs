@@ -93,6 +93,7 @@ fn main() {
         a_start_that_fails_leaves_no_shim
         a_container_created_while_the_last_goes_has_a_vm
         two_containers_deleted_at_once_leave_no_vm
+        a_start_that_was_given_up_runs_nothing
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
@@ -881,4 +882,32 @@ async fn two_containers_deleted_at_once_leave_no_vm() {
     assert!(!Path::new(&format!("/proc/{pid}")).exists());
     pod.shutdown().await;
     host.nothing_is_left(&pod.address()).await;
+}
+
+async fn a_start_that_was_given_up_runs_nothing() {
+    let host = Host::new().await;
+    let task = host.start("c1", &["sleep", "60"], &[]).await;
+    host.create(&task).await;
+    task.run("").await.unwrap();
+    let args = ["sh", "-c", "exec sleep 61.0625", "start-times-out"];
+    task.exec("e", &args, false).await.unwrap();
+    assert!(task.run("e").await.is_err());
+    assert_eq!(task.wait("e").await, 255);
+    let runs = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+            .any(|cmdline| String::from_utf8_lossy(&cmdline).contains("61.0625"))
+    };
+    let begun = Instant::now();
+    while runs() {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    task.delete("e").await.unwrap();
+    task.kill("", libc::SIGKILL).await.unwrap();
+    assert_eq!(task.wait("").await, 137);
+    task.delete("").await.unwrap();
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
 }

@@ -566,6 +566,9 @@ impl agent_ttrpc::Agent for Guest {
         if args.last().is_some_and(|arg| arg == "slow-start") {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+        if args.last().is_some_and(|arg| arg == "start-times-out") {
+            return refuse(Code::DEADLINE_EXCEEDED, "timeout");
+        }
         Ok(agent::StartResponse::default())
     }
 

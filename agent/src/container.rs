@@ -289,6 +289,7 @@ impl Container {
 
     async fn start_init(&self, init: &Process) -> Result<i32, Fault> {
         let (mut launch, alive) = init.leave_gate()?;
+        launch.renew();
         if let Err(error) = launch.go().await {
             drop(launch);
             // A client may delete the container as soon as it knows.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::io::fcntl_dupfd_cloexec;
 use thiserror::Error;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::control::{Blame, Control, ControlError, Order, Report};
 use crate::fault::Fault;
@@ -23,8 +23,9 @@ use crate::sys::{self, Forked, Program};
 pub const NAME: &CStr = c"oci-init";
 /// Above all numbers that descriptors have in the child.
 const FIRST_FREE: i32 = 16;
-/// How long one step may take. The slowest is reading the program over the file share.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long all steps of one request may take; the slowest is reading the program over the file share.
+/// Less than the minute that the shim waits for an answer, so that nothing runs that it has given up.
+const PATIENCE: Duration = Duration::from_secs(50);
 
 #[derive(Debug, Error)]
 pub enum LaunchError {
@@ -72,6 +73,8 @@ impl Alive {
 /// A process under way; killed unless it is taken over.
 pub struct Launch {
     alive: Option<Alive>,
+    /// Of the request that is being served.
+    deadline: Instant,
     control: Control,
     terminal: Option<OwnedFd>,
 }
@@ -108,10 +111,11 @@ impl Launch {
         let exit = reaper.claim(alive.pid);
         let launch = Self {
             alive: Some(alive),
+            deadline: Instant::now() + PATIENCE,
             control,
             terminal: None,
         };
-        timely(launch.control.order(order)).await??;
+        timely(launch.deadline, launch.control.order(order)).await??;
         Ok((launch, exit))
     }
 
@@ -144,9 +148,14 @@ impl Launch {
         }
     }
 
+    /// Another request goes on with it.
+    pub fn renew(&mut self) {
+        self.deadline = Instant::now() + PATIENCE;
+    }
+
     /// Lets the process go on until its program runs.
     pub async fn go(&mut self) -> Result<(), LaunchError> {
-        match timely(self.control.order(&Order::Go)).await? {
+        match timely(self.deadline, self.control.order(&Order::Go)).await? {
             // Whoever is dead cannot be ordered about.
             Err(ControlError::Socket(_)) => return Err(LaunchError::Killed),
             other => other?,
@@ -155,7 +164,7 @@ impl Launch {
             Report::Executing => {}
             other => return Err(LaunchError::Report(other)),
         }
-        match timely(self.control.report()).await?? {
+        match timely(self.deadline, self.control.report()).await?? {
             None => Ok(()),
             Some(Report::Failed { reason, blame }) => Err(LaunchError::Failed { reason, blame }),
             Some(other) => Err(LaunchError::Report(other)),
@@ -164,7 +173,7 @@ impl Launch {
 
     async fn report(&mut self) -> Result<Report, LaunchError> {
         loop {
-            match timely(self.control.report()).await?? {
+            match timely(self.deadline, self.control.report()).await?? {
                 Some(Report::Terminal) => self.terminal = self.control.terminal(),
                 Some(Report::Failed { reason, blame }) => {
                     return Err(LaunchError::Failed { reason, blame });
@@ -222,8 +231,8 @@ fn fork(start: Start<'_>, control: OwnedFd) -> io::Result<Alive> {
     }
 }
 
-async fn timely<T>(step: impl Future<Output = T>) -> Result<T, LaunchError> {
-    timeout(PATIENCE, step)
+async fn timely<T>(deadline: Instant, step: impl Future<Output = T>) -> Result<T, LaunchError> {
+    timeout_at(deadline, step)
         .await
         .map_err(|_| LaunchError::Silent)
 }

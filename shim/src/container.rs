@@ -28,6 +28,8 @@ pub struct Container {
     pub paused: bool,
     /// A `Delete` is on its way.
     pub deleting: bool,
+    /// Nothing of it is left in the guest.
+    pub gone: bool,
     /// Of its start.
     pub timeline: Arc<Timeline>,
     /// The init's end, kept until every exec has ended: containerd hears of it last.
@@ -46,6 +48,7 @@ impl Container {
             shares: Vec::new(),
             paused: false,
             deleting: false,
+            gone: false,
             timeline: Arc::default(),
             held: None,
         }

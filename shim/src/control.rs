@@ -1,7 +1,7 @@
 //! What containerd may ask of a container that exists: start, kill, exec, wait and the like. Each
 //! request looks at the state under the pod's lock, asks the agent without it, and looks again.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{
     api::{DeleteResponse, ExecProcessRequest, StateResponse},
@@ -10,19 +10,52 @@ use containerd_shim_protos::{
 };
 use husk_proto::agent as api;
 use protobuf::MessageField;
+use tokio::time::{Instant, sleep};
 use ttrpc::{Code, context};
 
 use crate::{
     args::is_identifier,
     events::{TaskEvent, timestamp},
     fault::Fault,
-    pod::{ANSWER, Pod},
+    pod::{ANSWER, DRAIN, Pod},
     process::{Exit, Process, UNKNOWN_STATUS},
     stdio::{self, Paths},
+    vm::Vm,
 };
 
 /// Signals are 1 to 64 on Linux.
 const LAST_SIGNAL: u32 = 64;
+
+/// How often a process that was given up is tried to be killed, a second apart: on its way to its
+/// program it has no pid for a while.
+const CALL_OFF: u32 = 60;
+
+/// Whether a request that failed so may be carried out all the same.
+fn may_still_happen(error: &ttrpc::Error) -> bool {
+    match error {
+        ttrpc::Error::RpcStatus(status) => status.code() == Code::DEADLINE_EXCEEDED,
+        _ => true,
+    }
+}
+
+/// Sees to it that a process which containerd was told has not started does not run.
+async fn call_off(vm: Arc<Vm>, start: api::StartRequest) {
+    let request = api::SignalRequest {
+        container_id: start.container_id,
+        exec_id: start.exec_id,
+        signal: libc::SIGKILL.unsigned_abs(),
+        ..api::SignalRequest::default()
+    };
+    for _ in 0..CALL_OFF {
+        match vm.agent.signal(limited(), &request).await {
+            Ok(_) => return,
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::NOT_FOUND => return,
+            Err(_) if vm.has_ended() => return,
+            Err(e) => log::debug!("kill a process that was given up: {e}"),
+        }
+        sleep(Duration::from_secs(1)).await;
+    }
+}
 
 fn limited() -> context::Context {
     context::with_duration(ANSWER)
@@ -51,6 +84,9 @@ impl Pod {
             Ok(vm) => match vm.agent.start(limited(), &request).await {
                 Ok(_) => Ok(()),
                 Err(e) => {
+                    if may_still_happen(&e) {
+                        tokio::spawn(call_off(vm.clone(), request));
+                    }
                     let what = if exec.is_empty() {
                         "start the container"
                     } else {
@@ -191,7 +227,7 @@ impl Pod {
             };
             Ok((pid, exit, std::mem::take(&mut process.streams)))
         })?;
-        streams.drain(crate::pod::DRAIN).await;
+        streams.drain(Instant::now() + DRAIN).await;
         if let Ok(vm) = self.running_vm() {
             let request = api::DeleteRequest {
                 container_id: id.to_owned(),

@@ -5,13 +5,13 @@ use std::{sync::Arc, time::Duration};
 
 use containerd_shim_protos::{api::DeleteResponse, events::task::TaskDelete};
 use husk_proto::agent as api;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use ttrpc::{Code, context};
 
 use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
-    pod::{ANSWER, DRAIN, Pod, STRAGGLERS},
+    pod::{ANSWER, Containers, DRAIN, Pod, STRAGGLERS},
     record,
     vm::Vm,
 };
@@ -19,28 +19,36 @@ use crate::{
 /// A shim without containers waits this long to be told to shut down.
 const LINGER: Duration = Duration::from_secs(20);
 
+impl Containers {
+    /// A container is out of the guest. Says whether no other is in it, in which case none will ever
+    /// be again, and which shares it had. Decided only now: while the guest was deleting it, others may
+    /// have come, or gone.
+    fn leave(&mut self, id: &str) -> (bool, Vec<String>) {
+        let Some(container) = self.by_id.get_mut(id) else {
+            return (false, Vec::new());
+        };
+        container.gone = true;
+        let shares = std::mem::take(&mut container.shares);
+        let last = self.by_id.values().all(|container| container.gone);
+        self.closed |= last;
+        (last, shares)
+    }
+}
+
 impl Pod {
     /// Takes back a `Create` that failed.
     pub(crate) async fn abandon(self: &Arc<Self>, id: &str) {
         if let Some(vm) = self.vm() {
             self.remove_from_guest(vm, id).await;
         }
-        self.containers().remove(id);
-        self.linger();
+        self.containers().by_id.remove(id);
+        self.linger(LINGER);
     }
 
-    /// Takes a container out of the guest, or the guest away if it was the last.
+    /// Takes a container out of the guest, and the guest away if it was the last.
     async fn remove_from_guest(&self, vm: &Vm, id: &str) {
-        let (last, in_guest, shares) = {
-            let mut containers = self.containers();
-            let last = containers.len() == 1;
-            let Some(container) = containers.get_mut(id) else {
-                return;
-            };
-            let shares = std::mem::take(&mut container.shares);
-            (last, container.in_guest, shares)
-        };
-        if in_guest && !vm.has_ended() {
+        let in_guest = self.with(id, |container| Ok(container.in_guest));
+        if matches!(in_guest, Ok(true)) && !vm.has_ended() {
             // Also brings what the guest has written to the host.
             let request = api::DeleteRequest {
                 container_id: id.to_owned(),
@@ -58,6 +66,7 @@ impl Pod {
                 },
             }
         }
+        let (last, shares) = self.containers().leave(id);
         if last {
             vm.stop().await;
         } else if !vm.has_ended() {
@@ -88,15 +97,16 @@ impl Pod {
             }
             Ok((container.pid, exit, streams))
         })?;
+        let deadline = Instant::now() + DRAIN;
         for stream in streams {
-            stream.drain(DRAIN).await;
+            stream.drain(deadline).await;
         }
         if let Some(vm) = self.vm() {
             self.remove_from_guest(vm, id).await;
         }
         {
             let mut containers = self.containers();
-            containers.remove(id);
+            containers.by_id.remove(id);
             self.publish([TaskEvent::Delete(TaskDelete {
                 container_id: id.to_owned(),
                 pid,
@@ -110,7 +120,7 @@ impl Pod {
                 log::warn!("remove the record of container {id}: {e}");
             }
         }
-        self.linger();
+        self.linger(LINGER);
         Ok(DeleteResponse {
             pid,
             exit_status: exit.status,
@@ -139,8 +149,12 @@ impl Pod {
     /// `Shutdown`: everything of the pod goes, if nothing runs in it. The caller answers, and the
     /// shim ends.
     pub async fn shutdown(&self) -> bool {
-        if !self.containers().is_empty() {
-            return false;
+        {
+            let mut containers = self.containers();
+            if !containers.by_id.is_empty() {
+                return false;
+            }
+            containers.closed = true;
         }
         let ahead = self.ahead().take();
         if let Some(ahead) = ahead {
@@ -157,14 +171,37 @@ impl Pod {
         true
     }
 
-    /// Sees to it that a shim which nobody remembers does not stay.
-    fn linger(self: &Arc<Self>) {
+    /// Sees to it that a shim which nobody remembers does not stay: it leaves if it has no container
+    /// after `limit`.
+    pub(crate) fn linger(self: &Arc<Self>, limit: Duration) {
         let pod = self.clone();
         tokio::spawn(async move {
-            sleep(LINGER).await;
+            sleep(limit).await;
             if pod.shutdown().await {
                 log::info!("no container and no request to shut down: leaving");
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{container::Container, process::Process, stdio::Paths};
+
+    #[test]
+    fn the_last_to_leave_the_guest_closes_the_pod() {
+        let mut containers = Containers::default();
+        for id in ["a", "b"] {
+            let container = Container::new(id, "/b", Process::creating(Paths::default()));
+            containers.by_id.insert(id.into(), container);
+        }
+        // Both deleted at once: neither is off the books when the other leaves.
+        containers.by_id.get_mut("b").unwrap().shares = vec!["c1-rootfs".into()];
+        assert_eq!(containers.leave("a"), (false, Vec::new()));
+        assert!(!containers.closed);
+        assert_eq!(containers.leave("b"), (true, vec!["c1-rootfs".into()]));
+        assert!(containers.closed);
+        assert_eq!(containers.leave("c"), (false, Vec::new()));
     }
 }

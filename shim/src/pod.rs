@@ -67,10 +67,18 @@ pub struct Identity {
     pub since_ns: u64,
 }
 
+/// The containers of a pod.
+#[derive(Default)]
+pub(crate) struct Containers {
+    pub(crate) by_id: HashMap<String, Container>,
+    /// The pod's end is decided: none is created any more.
+    pub(crate) closed: bool,
+}
+
 /// Everything this shim serves.
 pub struct Pod {
     pub(crate) identity: Identity,
-    containers: Mutex<HashMap<String, Container>>,
+    containers: Mutex<Containers>,
     vm: OnceCell<Arc<Vm>>,
     /// The first container's VM, as long as nobody has asked for it.
     ahead: Mutex<Option<Ahead>>,
@@ -101,7 +109,7 @@ impl Pod {
         })
     }
 
-    pub(crate) fn containers(&self) -> MutexGuard<'_, HashMap<String, Container>> {
+    pub(crate) fn containers(&self) -> MutexGuard<'_, Containers> {
         self.containers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -117,7 +125,7 @@ impl Pod {
         id: &str,
         act: impl FnOnce(&mut Container) -> Result<T, Fault>,
     ) -> Result<T, Fault> {
-        match self.containers().get_mut(id) {
+        match self.containers().by_id.get_mut(id) {
             Some(container) => act(container),
             None => Err(Fault::not_found(format_args!("no container {id}"))),
         }
@@ -173,14 +181,17 @@ impl Pod {
         timeline.mark("create");
         {
             let mut containers = self.containers();
-            if containers.contains_key(&request.id) {
+            if containers.closed {
+                return Err(Fault::precondition("the pod is at its end"));
+            }
+            if containers.by_id.contains_key(&request.id) {
                 let message = format!("container {} already exists", request.id);
                 return Err(Fault::new(Code::ALREADY_EXISTS, message));
             }
             let init = Process::creating(paths.clone());
             let mut container = Container::new(&request.id, &request.bundle, init);
             container.timeline = timeline.clone();
-            containers.insert(request.id.clone(), container);
+            containers.by_id.insert(request.id.clone(), container);
         }
         let created = self.create_reserved(&request, &paths, &timeline).await;
         if created.is_err() {
@@ -298,7 +309,7 @@ impl Pod {
 
     /// Of a container's start: the first one's begins with the shim, another's with its creation.
     pub(crate) fn timeline(&self) -> Arc<Timeline> {
-        let first = self.vm().is_none() && self.containers().is_empty();
+        let first = self.vm().is_none() && self.containers().by_id.is_empty();
         match first {
             true => self.first.clone(),
             false => Arc::default(),
@@ -418,7 +429,7 @@ impl Pod {
             }
         }
         vm.ended().await;
-        for container in self.containers().values_mut() {
+        for container in self.containers().by_id.values_mut() {
             self.publish(container.all_exited(true));
         }
     }

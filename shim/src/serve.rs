@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use log::LevelFilter;
-use tokio::task::yield_now;
+use tokio::time::timeout;
 use ttrpc::r#async::{Server, transport::Listener};
 
 use crate::{
@@ -29,6 +29,10 @@ use crate::{
 
 /// For containerd to take the last events.
 const FLUSH: Duration = Duration::from_secs(2);
+/// For containerd to ask for the first container. It may have lost interest, or its life.
+const FIRST: Duration = Duration::from_secs(120);
+/// For clients to take the last answers.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Serves the pod until it is over.
 pub fn run(invocation: &Invocation) -> Result<()> {
@@ -77,11 +81,12 @@ fn serve(invocation: &Invocation) -> Result<()> {
             .register_service(task::services(&pod));
         server.start().await?;
         pod.start_ahead(options);
+        pod.linger(FIRST);
         pod.over.notified().await;
         events.flush(FLUSH).await;
-        // The answer to Shutdown is queued by now; let its connection write it.
-        for _ in 0..16 {
-            yield_now().await;
+        // Returns when the answers that are under way, Shutdown's among them, have been written.
+        if timeout(FAREWELL, server.shutdown()).await.is_err() {
+            log::warn!("the last answers did not reach their clients");
         }
         Ok(())
     })

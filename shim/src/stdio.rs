@@ -196,15 +196,11 @@ impl Streams {
         }
     }
 
-    /// Waits until all output has been handed over, but no longer than `limit`.
-    pub async fn drain(mut self, limit: Duration) {
-        let deadline = Instant::now() + limit;
+    /// Waits until all output has been handed over, or until `deadline`.
+    pub async fn drain(mut self, deadline: Instant) {
         for output in &mut self.outputs {
             if timeout_at(deadline, output).await.is_err() {
-                log::warn!(
-                    "output that nobody reads is dropped after {} s",
-                    limit.as_secs()
-                );
+                log::warn!("output that nobody reads is dropped");
                 return;
             }
         }
@@ -555,7 +551,9 @@ mod tests {
             sleep(Duration::from_millis(5)).await;
         }
         streams.close_stdin();
-        timeout(SOON, streams.drain(SOON)).await.unwrap();
+        timeout(SOON, streams.drain(Instant::now() + SOON))
+            .await
+            .unwrap();
         assert_eq!(guest.join().unwrap(), 16 << 20);
         reader.join().unwrap();
     }
@@ -605,6 +603,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn many_unread_processes_cost_the_limit_once() {
+        let processes: Vec<_> = (0..4).map(|_| fifos(false)).collect();
+        let opened: Vec<_> = processes.iter().map(|one| opened(&one.paths)).collect();
+        let begun = Instant::now();
+        for (opened, _far) in opened {
+            opened.streams.drain(begun + Duration::from_secs(1)).await;
+        }
+        assert!(begun.elapsed() >= Duration::from_secs(1));
+        assert!(begun.elapsed() < Duration::from_secs(3));
+    }
+
+    #[tokio::test]
     async fn a_reader_that_never_comes_costs_the_limit_and_no_more() {
         let fifos = fifos(false);
         let (opened, mut far) = opened(&fifos.paths);
@@ -614,7 +624,10 @@ mod tests {
             let _ = stdout.write_all(&pattern(4 << 20));
         });
         let begun = std::time::Instant::now();
-        opened.streams.drain(Duration::from_millis(200)).await;
+        opened
+            .streams
+            .drain(Instant::now() + Duration::from_millis(200))
+            .await;
         assert!(begun.elapsed() >= Duration::from_millis(200));
         assert!(begun.elapsed() < Duration::from_secs(5));
         // The guest's writer is let go: its far end is closed.
@@ -644,7 +657,7 @@ mod tests {
             File::open(&path).unwrap().read_to_end(&mut got).unwrap();
             assert!(got == expected);
         });
-        opened.streams.drain(SOON).await;
+        opened.streams.drain(Instant::now() + SOON).await;
         guest.join().unwrap();
         reader.join().unwrap();
     }
@@ -676,7 +689,7 @@ mod tests {
             .unwrap();
         tty.write_all(b"out").unwrap();
         drop(tty);
-        opened.streams.drain(SOON).await;
+        opened.streams.drain(Instant::now() + SOON).await;
         let mut got = String::new();
         reader.read_to_string(&mut got).unwrap();
         assert_eq!(got, "out");
@@ -696,7 +709,7 @@ mod tests {
         };
         let (to_file, mut far) = opened(&paths);
         far.remove(0).write_all(b"line\n").unwrap();
-        to_file.streams.drain(SOON).await;
+        to_file.streams.drain(Instant::now() + SOON).await;
         assert_eq!(std::fs::read(path).unwrap(), b"line\n");
 
         let error = |stdout: &str| {

@@ -91,6 +91,9 @@ fn main() {
         two_containers_of_a_group_share_a_shim
         a_vm_started_ahead_and_not_wanted_leaves_nothing
         a_start_that_fails_leaves_no_shim
+        a_container_created_while_the_last_goes_has_a_vm
+        two_containers_deleted_at_once_leave_no_vm
+        a_start_that_was_given_up_runs_nothing
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
@@ -833,4 +836,78 @@ async fn a_start_that_fails_leaves_no_shim() {
     fs::remove_dir_all(&records).unwrap();
     let address = fs::read_to_string(host.at("c1").join("address")).unwrap();
     host.nothing_is_left(&address).await;
+}
+
+const GROUP: [(&str, &str); 1] = [("io.kubernetes.cri.sandbox-id", "pod")];
+const SLOW_DELETE: [&str; 4] = ["sh", "-c", "exit 0", "slow-delete"];
+
+async fn a_container_created_while_the_last_goes_has_a_vm() {
+    let host = Host::new().await;
+    let pod = host.start("pod", &SLOW_DELETE, &GROUP).await;
+    let late = host.start("late", &["sh", "-c", "exit 6"], &GROUP).await;
+    let pid = host.create(&pod).await;
+    pod.run("").await.unwrap();
+    assert_eq!(pod.wait("").await, 0);
+    let (deleted, created) = tokio::join!(pod.delete(""), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        host.create(&late).await
+    });
+    assert_eq!((deleted.unwrap().pid, created), (pid, pid));
+    late.run("").await.unwrap();
+    assert_eq!(late.wait("").await, 6);
+    late.delete("").await.unwrap();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    // Too late now.
+    let refused = late
+        .client
+        .create(soon(), &host.create_request(&late))
+        .await;
+    assert_eq!(code(refused).0, Code::FAILED_PRECONDITION);
+    pod.shutdown().await;
+    host.nothing_is_left(&pod.address()).await;
+}
+
+async fn two_containers_deleted_at_once_leave_no_vm() {
+    let host = Host::new().await;
+    let pod = host.start("pod", &SLOW_DELETE, &GROUP).await;
+    let member = host.start("member", &SLOW_DELETE, &GROUP).await;
+    let pid = host.create(&pod).await;
+    host.create(&member).await;
+    for task in [&pod, &member] {
+        task.run("").await.unwrap();
+        assert_eq!(task.wait("").await, 0);
+    }
+    let (one, other) = tokio::join!(pod.delete(""), member.delete(""));
+    one.and(other).unwrap();
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    pod.shutdown().await;
+    host.nothing_is_left(&pod.address()).await;
+}
+
+async fn a_start_that_was_given_up_runs_nothing() {
+    let host = Host::new().await;
+    let task = host.start("c1", &["sleep", "60"], &[]).await;
+    host.create(&task).await;
+    task.run("").await.unwrap();
+    let args = ["sh", "-c", "exec sleep 61.0625", "start-times-out"];
+    task.exec("e", &args, false).await.unwrap();
+    assert!(task.run("e").await.is_err());
+    assert_eq!(task.wait("e").await, 255);
+    let runs = || {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        processes
+            .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
+            .any(|cmdline| String::from_utf8_lossy(&cmdline).contains("61.0625"))
+    };
+    let begun = Instant::now();
+    while runs() {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    task.delete("e").await.unwrap();
+    task.kill("", libc::SIGKILL).await.unwrap();
+    assert_eq!(task.wait("").await, 137);
+    task.delete("").await.unwrap();
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
 }

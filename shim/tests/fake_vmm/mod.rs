@@ -403,6 +403,13 @@ impl Guest {
         panic!("no stream {id}");
     }
 
+    /// Whether the last argument of a process is `word`.
+    fn is_told(&self, key: &(String, String), word: &str) -> bool {
+        let processes = self.processes.lock().unwrap();
+        let process = processes.get(key);
+        process.is_some_and(|process| process.args.last().is_some_and(|arg| arg == word))
+    }
+
     fn tell_exit(&self, container: &str, exec: &str, status: u32) {
         let exit = agent::ProcessExit {
             container_id: container.into(),
@@ -559,6 +566,9 @@ impl agent_ttrpc::Agent for Guest {
         if args.last().is_some_and(|arg| arg == "slow-start") {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+        if args.last().is_some_and(|arg| arg == "start-times-out") {
+            return refuse(Code::DEADLINE_EXCEEDED, "timeout");
+        }
         Ok(agent::StartResponse::default())
     }
 
@@ -595,12 +605,11 @@ impl agent_ttrpc::Agent for Guest {
         _: &TtrpcContext,
         r: agent::DeleteRequest,
     ) -> Answer<agent::DeleteResponse> {
-        match self
-            .processes
-            .lock()
-            .unwrap()
-            .remove(&(r.container_id, r.exec_id))
-        {
+        let key = (r.container_id, r.exec_id);
+        if self.is_told(&key, "slow-delete") {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        match self.processes.lock().unwrap().remove(&key) {
             Some(_) => Ok(agent::DeleteResponse::default()),
             None => refuse(Code::NOT_FOUND, "no such process"),
         }

@@ -510,7 +510,7 @@ mod tests {
             reader.read_to_end(&mut got).unwrap();
             got
         });
-        opened.streams.drain(SOON).await;
+        opened.streams.drain(Instant::now() + SOON).await;
         guest.join().unwrap();
         let got = reader.join().unwrap();
         assert!(got == data, "{} of {} bytes", got.len(), data.len());

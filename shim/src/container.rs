@@ -1,7 +1,11 @@
 //! One container of a pod: its processes, and the order in which their ends are told. Plain state,
 //! owned by the pod; nothing here waits or calls anybody.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use containerd_shim_protos::events::task::TaskExit;
 
@@ -11,6 +15,9 @@ use crate::{
     process::{Exit, KILLED_STATUS, Process},
     timeline::Timeline,
 };
+
+/// Between two events of one container that it was out of memory.
+const OOM_PAUSE: Duration = Duration::from_secs(1);
 
 /// A container that containerd knows, or is about to.
 #[derive(Debug)]
@@ -32,6 +39,8 @@ pub struct Container {
     pub gone: bool,
     /// Of its start.
     pub timeline: Arc<Timeline>,
+    /// When containerd was last told that it was out of memory.
+    oom_told: Option<Instant>,
     /// The init's end, kept until every exec has ended: containerd hears of it last.
     held: Option<Exit>,
 }
@@ -50,8 +59,20 @@ impl Container {
             deleting: false,
             gone: false,
             timeline: Arc::default(),
+            oom_told: None,
             held: None,
         }
+    }
+
+    /// It was out of memory. Says whether containerd is to be told: what comes close upon another is
+    /// told with it, as the guest may say so without end.
+    pub fn out_of_memory(&mut self, now: Instant) -> bool {
+        let told = self.oom_told;
+        let due = told.is_none_or(|told| now.saturating_duration_since(told) >= OOM_PAUSE);
+        if due {
+            self.oom_told = Some(now);
+        }
+        due
     }
 
     /// The init (`""`), or an exec.
@@ -206,6 +227,15 @@ mod tests {
         assert!(container.exited("", Exit::now(5)).is_empty());
         let news = container.all_exited(false);
         assert_eq!(told(&news), [("e".into(), 137), ("c".into(), 5)]);
+    }
+
+    #[test]
+    fn out_of_memory_is_told_once_a_second() {
+        let mut container = container();
+        let begun = Instant::now();
+        let at = |ms| begun + Duration::from_millis(ms);
+        let told = [0, 1, 999, 1000, 1500, 2000].map(|ms| container.out_of_memory(at(ms)));
+        assert_eq!(told, [true, false, false, true, false, true]);
     }
 
     #[test]

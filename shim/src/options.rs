@@ -1,6 +1,8 @@
 //! The runtime options that containerd carries from its configuration: a protobuf `Any` with
 //! `runtimeoptions.v1.Options`. Decoded by hand, as it is three strings.
 
+use std::sync::Once;
+
 use protobuf::{CodedInputStream, well_known_types::any::Any};
 use thiserror::Error;
 
@@ -30,7 +32,20 @@ impl Options {
         match any.type_url.rsplit('/').next() {
             Some("runtimeoptions.v1.Options") => Ok(Self::from_bytes(&any.value)?),
             // What clients send to whatever runtime they meet; nothing in it is meant for a VM.
-            Some("containerd.runc.v1.Options") => Ok(Self::default()),
+            Some("containerd.runc.v1.Options") => {
+                // Asked of each container, and of the VM started ahead: said once.
+                static SAID: Once = Once::new();
+                let ignored = runc_options(&any.value)?;
+                if !ignored.is_empty() {
+                    SAID.call_once(|| {
+                        log::info!(
+                            "runtime options of runc are ignored: {}",
+                            ignored.join(", ")
+                        );
+                    });
+                }
+                Ok(Self::default())
+            }
             _ => Err(OptionsError::Type(any.type_url.clone())),
         }
     }
@@ -48,6 +63,32 @@ impl Options {
         }
         Ok(options)
     }
+}
+
+/// Names of what is set in a `containerd.runc.v1.Options`.
+fn runc_options(bytes: &[u8]) -> Result<Vec<&'static str>, protobuf::Error> {
+    const NAMES: [&str; 11] = [
+        "NoPivotRoot",
+        "NoNewKeyring",
+        "ShimCgroup",
+        "IoUid",
+        "IoGid",
+        "BinaryName",
+        "Root",
+        "CriuPath",
+        "SystemdCgroup",
+        "CriuImagePath",
+        "CriuWorkPath",
+    ];
+    let mut names = Vec::new();
+    let mut input = CodedInputStream::from_bytes(bytes);
+    while let Some(tag) = input.read_raw_tag_or_eof()? {
+        let field = usize::try_from(tag >> 3).unwrap_or(usize::MAX);
+        let name = field.checked_sub(1).and_then(|field| NAMES.get(field));
+        names.push(*name.unwrap_or(&"others"));
+        protobuf::rt::skip_field_for_tag(tag, &mut input)?;
+    }
+    Ok(names)
 }
 
 #[cfg(test)]
@@ -81,6 +122,17 @@ mod tests {
         ] {
             assert_eq!(Options::decode(any).unwrap(), Options::default());
         }
+    }
+
+    #[test]
+    fn what_is_ignored_of_runcs_is_named() {
+        // BinaryName, SystemdCgroup, and a field of the future.
+        let bytes = b"\x32\x04crun\x48\x01\xf8\x01\x01";
+        assert_eq!(
+            runc_options(bytes).unwrap(),
+            ["BinaryName", "SystemdCgroup", "others"]
+        );
+        assert!(runc_options(b"\x32\x09crun").is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use containerd_shim_protos::{
@@ -418,8 +418,11 @@ impl Pod {
                 } => self.guest_exit(&container, &exec, Exit::now(status)),
                 GuestEvent::OutOfMemory { container } => {
                     // The name is the guest's: only one that we know goes any further.
-                    let known = self.with(&container, |known| Ok(known.id.clone()));
-                    if let Ok(container_id) = known {
+                    let due = self.with(&container, |known| {
+                        let due = known.out_of_memory(Instant::now());
+                        Ok(due.then(|| known.id.clone()))
+                    });
+                    if let Ok(Some(container_id)) = due {
                         self.events.publish(TaskEvent::Oom(TaskOOM {
                             container_id,
                             ..TaskOOM::default()

@@ -65,7 +65,7 @@ fn serve(invocation: &Invocation) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    runtime.block_on(async {
+    let outcome = runtime.block_on(async {
         let events = Publisher::start(&invocation.namespace, events_socket(invocation));
         let identity = Identity {
             namespace: invocation.namespace.clone(),
@@ -89,7 +89,10 @@ fn serve(invocation: &Invocation) -> Result<()> {
             log::warn!("the last answers did not reach their clients");
         }
         Ok(())
-    })
+    });
+    // Not by dropping it: that waits for threads which write to files.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// Where containerd takes events.

@@ -29,7 +29,7 @@ use husk_proto::agent;
 use thiserror::Error;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    task::JoinHandle,
+    task::{JoinHandle, spawn_blocking},
     time::{Instant, sleep, timeout_at},
 };
 
@@ -340,12 +340,36 @@ impl Sink {
 }
 
 async fn discard(from: Arc<End>) {
-    report("output", copy(&from, io::sink()).await);
+    let mut buffer = vec![0; CHUNK / 4];
+    let outcome = loop {
+        match read(&from, &mut buffer).await {
+            Ok(0) => break Ok(()),
+            Ok(_) => {}
+            Err(e) => break Err(e),
+        }
+    };
+    report("output", outcome);
 }
 
-/// Reads until end of file into something that never waits.
-async fn copy(from: &End, mut to: impl Write) -> io::Result<()> {
+/// Copies until end of file. Writing to a file may take long, or for ever, and the whole pod waits for
+/// this thread: others write.
+async fn copy(from: &End, mut to: File) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK / 4];
+    loop {
+        let count = read(from, &mut buffer).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        let written = spawn_blocking(move || {
+            to.write_all(buffer.get(..count).unwrap_or_default())?;
+            Ok::<_, io::Error>((to, buffer))
+        });
+        (to, buffer) = written.await.map_err(io::Error::other)??;
+    }
+}
+
+/// Waits for bytes, and reads some. 0 is the end of file.
+async fn read(from: &End, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         let mut ready = from.readable().await?;
         let attempt = ready.try_io(|from| {
@@ -354,11 +378,8 @@ async fn copy(from: &End, mut to: impl Write) -> io::Result<()> {
                 unsafe { libc::read(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
             usize::try_from(count).map_err(|_| io::Error::last_os_error())
         });
-        match attempt {
-            Ok(Ok(0)) => return Ok(()),
-            Ok(Ok(count)) => to.write_all(buffer.get(..count).unwrap_or_default())?,
-            Ok(Err(e)) => return Err(e),
-            Err(_not_ready) => {}
+        if let Ok(outcome) = attempt {
+            return outcome;
         }
     }
 }
@@ -721,6 +742,41 @@ mod tests {
         };
         assert!(error("binary:///bin/logger").contains("stdout \"binary:///bin/logger\""));
         assert!(error("/nowhere/out").starts_with("open stdout /nowhere/out: No such file"));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_takes_nothing_holds_nobody_up() {
+        // Stands for a file on a server that hangs.
+        let fifos = fifos(false);
+        let mut server = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&fifos.paths.stdout)
+            .unwrap();
+        let paths = Paths {
+            stdout: format!("file://{}", fifos.paths.stdout),
+            ..Paths::default()
+        };
+        let (to_file, mut far) = opened(&paths);
+        let mut far = far.remove(0);
+        let guest = thread::spawn(move || {
+            let _ = far.write_all(&pattern(4 << 20));
+        });
+        let begun = Instant::now();
+        sleep(Duration::from_millis(50)).await;
+        to_file
+            .streams
+            .drain(begun + Duration::from_millis(200))
+            .await;
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        // The thread that writes is let go, as this runtime waits for it.
+        let mut buffer = vec![0; CHUNK];
+        while begun.elapsed() < Duration::from_millis(600) {
+            let _ = server.read(&mut buffer);
+            sleep(Duration::from_millis(5)).await;
+        }
+        guest.join().unwrap();
     }
 
     #[tokio::test]

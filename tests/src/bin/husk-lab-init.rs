@@ -390,6 +390,7 @@ fn one_test(case: &Case, plan: &Plan) -> Result<(Verdict, String)> {
             "--exact",
             &case.name,
             "--include-ignored",
+            "--show-output",
             "--test-threads=1",
         ])
         .env("RUST_BACKTRACE", "0")

@@ -406,6 +406,7 @@ fn one_test(case: &Case, plan: &Plan) -> Result<(Verdict, String)> {
             "--exact",
             &case.name,
             "--include-ignored",
+            "--show-output",
             "--test-threads=1",
         ])
         .env("RUST_BACKTRACE", "0")

@@ -78,11 +78,7 @@ fn take_away(template: &Path) {
 
 type Harm = fn(&Path);
 
-const HARM: [(&str, Harm); 9] = [
-    ("removed by its owner", |template| {
-        let key = template.file_name().and_then(|name| name.to_str());
-        husk_template(&["rm", key.expect("a key")]).ok();
-    }),
+const OF_FILES: [(&str, Harm); 5] = [
     ("state cut short", |template| {
         let state = template.join("state");
         may_be_changed(&state);
@@ -109,6 +105,13 @@ const HARM: [(&str, Harm); 9] = [
         may_be_changed(&template.join("template.json"));
         fs::write(template.join("template.json"), b"{\"version\": \xff").expect("write");
     }),
+];
+
+const OF_DIRECTORIES: [(&str, Harm); 4] = [
+    ("removed by its owner", |template| {
+        let key = template.file_name().and_then(|name| name.to_str());
+        husk_template(&["rm", key.expect("a key")]).ok();
+    }),
     ("its directory replaced by a copy", |template| {
         let copy = copy(template);
         take_away(template);
@@ -125,11 +128,21 @@ const HARM: [(&str, Harm); 9] = [
 ];
 
 #[test]
-fn a_template_that_is_harmed_while_pods_start_harms_none_and_is_built_anew() {
+fn files_that_are_harmed_while_pods_start_harm_none_and_are_made_anew() {
+    harms_none(&OF_FILES);
+}
+
+#[test]
+fn a_template_that_goes_while_pods_start_harms_none_and_is_made_anew() {
+    harms_none(&OF_DIRECTORIES);
+}
+
+#[track_caller]
+fn harms_none(harm: &[(&str, Harm)]) {
     let templates = Templates::none();
     let right = work().1;
     templates.wait_for_another(None);
-    for (what, harm) in HARM {
+    for (what, harm) in harm {
         let began = Instant::now();
         let template = templates.only();
         let inode = fs::metadata(&template).expect("the template").ino();

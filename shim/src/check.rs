@@ -1,15 +1,19 @@
 //! `husk check`: what this host lacks to run pods, one line each, with the mend. It changes nothing.
 
 use std::{
+    ffi::CString,
     fmt,
     fs::{self, File},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::Path,
 };
 
 use crate::{
     cgroup,
-    config::{CONFIG, Config},
+    config::{CONFIG, Config, Sharing},
     options::Options,
 };
 
@@ -43,6 +47,16 @@ impl Finding {
         }
     }
 
+    fn advice(subject: &str, what: impl Into<String>, mend: impl Into<String>) -> Self {
+        Self {
+            subject: subject.into(),
+            verdict: Verdict::Advice {
+                what: what.into(),
+                mend: mend.into(),
+            },
+        }
+    }
+
     fn bad(subject: &str, what: impl Into<String>, mend: impl Into<String>) -> Self {
         Self {
             subject: subject.into(),
@@ -71,13 +85,24 @@ impl fmt::Display for Finding {
 
 /// Looks at everything that a pod needs.
 pub fn findings() -> Vec<Finding> {
-    let mut findings = vec![virtualization(), kvm()];
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    // SAFETY: geteuid(2) cannot fail.
+    let user = unsafe { libc::geteuid() };
+    let mut findings = vec![root(user), kernel(&release), virtualization(), kvm()];
+    findings.extend(huge_pages(
+        &release,
+        &fs::read_to_string("/sys/module/kvm/parameters/nx_huge_pages").unwrap_or_default(),
+        &fs::read_to_string("/proc/self/mounts").unwrap_or_default(),
+    ));
     match Config::load(Path::new(CONFIG), &Options::default()) {
         Ok(config) => {
             findings.push(Finding::good("configuration", CONFIG));
             findings.push(file("VMM", "vmm", &config.vmm, b"\x7fELF"));
             findings.push(file("guest kernel", "kernel", &config.kernel, b"\x7fELF"));
             findings.push(file("guest initrd", "initrd", &config.initrd, b"070701"));
+            if config.templates != Sharing::Off {
+                findings.push(template_directory(&config.template_dir));
+            }
         }
         Err(e) => {
             let mend = format!("correct or remove {CONFIG}");
@@ -86,15 +111,141 @@ pub fn findings() -> Vec<Finding> {
     }
     findings.push(match cgroup::root() {
         Some(root) => Finding::good("cgroup v2", root.display().to_string()),
-        None => Finding {
-            subject: "cgroup v2".into(),
-            verdict: Verdict::Advice {
-                what: "not mounted, so pods are not in cgroups of their own".into(),
-                mend: "boot with systemd.unified_cgroup_hierarchy=1".into(),
-            },
-        },
+        None => Finding::advice(
+            "cgroup v2",
+            "not mounted, so pods are not in cgroups of their own",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        ),
     });
     findings
+}
+
+fn root(user: libc::uid_t) -> Finding {
+    match user {
+        0 => Finding::good("user", "root"),
+        user => Finding::bad(
+            "user",
+            format!("uid {user}, while containerd starts pods as root"),
+            "run husk check as root",
+        ),
+    }
+}
+
+/// The least Linux that husk runs on.
+const LEAST: (u32, u32) = (6, 1);
+
+/// Major and minor number of a kernel's release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn kernel(release: &str) -> Finding {
+    let release = release.trim();
+    match version(release) {
+        Some(version) if version >= LEAST => Finding::good("kernel", format!("Linux {release}")),
+        _ => Finding::bad(
+            "kernel",
+            format!("Linux {release:?}, older than {}.{}", LEAST.0, LEAST.1),
+            "boot a later one",
+        ),
+    }
+}
+
+/// On Linux 6.1 the making of a VM waits until KVM's thread against a fault of huge pages has joined
+/// the maker's cgroups: an RCU grace period, unless cgroups are mounted to be changed often.
+fn huge_pages(release: &str, workaround: &str, mounts: &str) -> Option<Finding> {
+    if version(release) != Some((6, 1)) {
+        return None;
+    }
+    let subject = "KVM's nx_huge_pages";
+    let often = mounts.lines().any(|line| {
+        let mut fields = line.split(' ').skip(2);
+        fields.next() == Some("cgroup2")
+            && fields
+                .next()
+                .is_some_and(|o| o.split(',').any(|o| o == "favordynmods"))
+    });
+    Some(match (workaround.trim(), often) {
+        ("Y", false) => Finding::advice(
+            subject,
+            "on, which slows down the start of pods on Linux 6.1",
+            "boot with kvm.nx_huge_pages=never if all guests are trusted with the CPU's fault, or \
+             mount -o remount,favordynmods the cgroup2 file system",
+        ),
+        ("Y", true) => Finding::good(subject, "on, with favordynmods"),
+        _ => Finding::good(subject, "off"),
+    })
+}
+
+/// File systems that a template's memory should not be mapped from: (f_type of statfs(2), name).
+const UNFIT: [(libc::c_long, &str); 8] = [
+    (
+        0x0102_1994,
+        "tmpfs, where templates take memory and end with the host",
+    ),
+    (
+        0x8584_58f6,
+        "ramfs, where templates take memory and end with the host",
+    ),
+    (0x6969, "NFS, whose server every clone would depend on"),
+    (
+        0xff53_4d42,
+        "CIFS, whose server every clone would depend on",
+    ),
+    (0xfe53_4d42, "SMB, whose server every clone would depend on"),
+    (
+        0x6573_5546,
+        "FUSE, whose server every clone would depend on",
+    ),
+    (0x0102_1997, "9p, whose server every clone would depend on"),
+    (0x794c_7630, "overlayfs, which hides how much space is left"),
+];
+
+fn template_directory(directory: &Path) -> Finding {
+    let subject = "template_dir";
+    let shown = directory.display();
+    let mend = format!("set template_dir in {CONFIG} to a local disk, or templates to \"off\"");
+    // It is made when the first template is.
+    let Some(there) = directory.ancestors().find(|path| path.is_dir()) else {
+        return Finding::bad(subject, format!("{shown}: not an absolute path"), mend);
+    };
+    match kind_of(there) {
+        Err(e) => Finding::advice(subject, format!("{}: {e}", there.display()), mend),
+        Ok(kind) if kind.read_only => Finding::advice(
+            subject,
+            format!("{shown}: on a read-only file system"),
+            mend,
+        ),
+        Ok(kind) => match UNFIT.iter().find(|(number, _)| *number == kind.number) {
+            Some((_, what)) => Finding::advice(subject, format!("{shown}: on {what}"), mend),
+            None => Finding::good(subject, shown.to_string()),
+        },
+    }
+}
+
+/// What statfs(2) and statvfs(3) say of a file system.
+struct FileSystem {
+    number: libc::c_long,
+    read_only: bool,
+}
+
+fn kind_of(path: &Path) -> std::io::Result<FileSystem> {
+    let path = CString::new(path.as_os_str().as_bytes()).map_err(std::io::Error::other)?;
+    // SAFETY: both are plain data, for which zeroes are a value.
+    let (mut kind, mut flags): (libc::statfs, libc::statvfs) = unsafe { std::mem::zeroed() };
+    // SAFETY: `path` ends in NUL, and there is room for what either call writes.
+    let failed = unsafe {
+        libc::statfs(path.as_ptr(), &raw mut kind) != 0
+            || libc::statvfs(path.as_ptr(), &raw mut flags) != 0
+    };
+    if failed {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(FileSystem {
+        number: kind.f_type,
+        read_only: flags.f_flag & libc::ST_RDONLY != 0,
+    })
 }
 
 fn virtualization() -> Finding {
@@ -190,6 +341,47 @@ mod tests {
         assert!(look().contains("not what it should be"));
         fs::write(&path, b"\x7fELF\x02").unwrap();
         assert!(look().starts_with("ok "));
+    }
+
+    #[test]
+    fn kernels_are_told_by_their_numbers() {
+        assert_eq!(version("6.1.0-28-amd64"), Some((6, 1)));
+        assert_eq!(version("7.0-rc1"), Some((7, 0)));
+        assert_eq!(version("six"), None);
+        for (release, bad) in [
+            ("6.1.0\n", false),
+            ("10.2", false),
+            ("5.19.17", true),
+            ("", true),
+        ] {
+            assert_eq!(kernel(release).is_bad(), bad, "{release}");
+        }
+    }
+
+    #[test]
+    fn the_slow_start_of_vms_is_for_one_kernel_and_has_two_mends() {
+        let line = |release, on, mounts: &str| {
+            let finding = huge_pages(release, on, mounts)?;
+            Some(finding.to_string().split(' ').next().unwrap().to_owned())
+        };
+        let plain = "cgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0";
+        let often = "cgroup2 /sys/fs/cgroup cgroup2 rw,favordynmods 0 0";
+        assert_eq!(line("6.12.1", "Y\n", plain), None);
+        assert_eq!(line("6.1.9", "Y\n", plain).unwrap(), "advice");
+        assert_eq!(line("6.1.9", "Y\n", often).unwrap(), "ok");
+        assert_eq!(line("6.1.9", "N\n", plain).unwrap(), "ok");
+    }
+
+    #[test]
+    fn templates_want_a_local_disk() {
+        assert!(root(1000).is_bad() && !root(0).is_bad());
+        let line = |path: &str| template_directory(Path::new(path)).to_string();
+        assert!(
+            line("/dev/shm/not/made/yet").contains("on tmpfs"),
+            "{}",
+            line("/dev/shm")
+        );
+        assert!(line("relative").starts_with("bad "));
     }
 
     #[test]

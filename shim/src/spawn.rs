@@ -344,8 +344,9 @@ mod tests {
             .unwrap();
         let known = record::ProcessId::of(child.id()).unwrap();
         end(&known.open().unwrap().unwrap());
-        // Not even a zombie.
-        assert_eq!(child.wait().unwrap_err().raw_os_error(), Some(libc::ECHILD));
+        // There is nothing left to be collected.
+        let error = child.wait().unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ECHILD));
     }
 
     #[test]

@@ -128,11 +128,13 @@ const OF_DIRECTORIES: [(&str, Harm); 4] = [
 ];
 
 #[test]
+#[ignore = "takes minutes on a busy machine: make test-long"]
 fn files_that_are_harmed_while_pods_start_harm_none_and_are_made_anew() {
     harms_none(&OF_FILES);
 }
 
 #[test]
+#[ignore = "takes minutes on a busy machine: make test-long"]
 fn a_template_that_goes_while_pods_start_harms_none_and_is_made_anew() {
     harms_none(&OF_DIRECTORIES);
 }

@@ -419,15 +419,17 @@ pub fn pages_written(pid: u32, memory: &File) -> Result<File> {
     Ok(file)
 }
 
-/// Page faults of process `pid` that needed no disk.
+/// Page faults of process `pid`, those that needed a disk included, and those that KVM took for its guest.
 ///
 /// # Errors
 /// When /proc does not tell.
 pub fn page_faults(pid: u32) -> Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let behind_name = stat.rsplit(") ").next().context("a stat line")?;
-    let minor = behind_name.split(' ').nth(7).context("a field")?;
-    Ok(minor.parse()?)
+    // proc_pid_stat(5): minflt is field 10, majflt field 12; the name is the second.
+    let field = |number: usize| behind_name.split(' ').nth(number - 3).context("a field");
+    let (minor, major): (u64, u64) = (field(10)?.parse()?, field(12)?.parse()?);
+    Ok(minor + major)
 }
 
 /// A file without a name, on the lab's disk.

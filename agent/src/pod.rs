@@ -131,12 +131,16 @@ impl Pod {
         Ok(())
     }
 
-    /// Does ahead what every container of every clone of this guest needs. Nobody hears of it.
-    pub async fn rehearse(&self) -> Result<(), Fault> {
+    /// Does ahead what every container of every clone of this guest needs. Nobody hears of it. With
+    /// `leave`, it ends as soon as its container has been started.
+    pub async fn rehearse(&self, leave: bool) -> Result<(), Fault> {
         if !self.containers.borrow().is_empty() {
             return Err(Fault::State("the guest has containers already".into()));
         }
         self.be_prepared()?;
+        if leave {
+            return rehearsal::begin(self, &self.ground.path).await;
+        }
         rehearsal::run(self, &self.ground.path).await?;
         self.ground.events.forget();
         Ok(())

@@ -26,16 +26,32 @@ const ROOT: &str = "/run/husk-rehearsal";
 /// What the kernel puts off (RCU callbacks, release of cgroups) is done by then.
 const SETTLED: Duration = Duration::from_millis(100);
 
+/// Runs it up to its start, and leaves everything where it is.
+pub async fn begin(pod: &Pod, program: &Path) -> Result<(), Fault> {
+    let spec = set_the_stage(program)?;
+    pod.create(ID, &spec, &Stdio::default()).await?;
+    pod.container(ID)?.start("").await.map(drop)
+}
+
 /// Runs it; `program` is the path of the agent's program. Leaves nothing behind.
 pub async fn run(pod: &Pod, program: &Path) -> Result<(), Fault> {
-    let broken = |what: &str, error: io::Error| Fault::Broken(format!("rehearse: {what}: {error}"));
-    let spec = specification(program).map_err(|error| broken("its specification", error))?;
-    fs::create_dir_all(ROOT).map_err(|error| broken(ROOT, error))?;
+    let spec = set_the_stage(program)?;
     let done = perform(pod, &spec).await;
     let removed = fs::remove_dir_all(ROOT).map_err(|error| broken(ROOT, error));
     done.and(removed)?;
     sleep(SETTLED).await;
     Ok(())
+}
+
+fn broken(what: &str, error: io::Error) -> Fault {
+    Fault::Broken(format!("rehearse: {what}: {error}"))
+}
+
+/// Makes the container's root; returns its specification.
+fn set_the_stage(program: &Path) -> Result<Vec<u8>, Fault> {
+    let spec = specification(program).map_err(|error| broken("its specification", error))?;
+    fs::create_dir_all(ROOT).map_err(|error| broken(ROOT, error))?;
+    Ok(spec)
 }
 
 async fn perform(pod: &Pod, spec: &[u8]) -> Result<(), Fault> {

@@ -40,9 +40,9 @@ impl Agent for Service {
         })
     }
 
-    async fn prepare(&self, _: &TtrpcContext, _: PrepareRequest) -> Answer<PrepareResponse> {
+    async fn prepare(&self, _: &TtrpcContext, request: PrepareRequest) -> Answer<PrepareResponse> {
         self.door
-            .ask(|pod| async move { pod.rehearse().await })
+            .ask(move |pod| async move { pod.rehearse(request.leave).await })
             .await?;
         Ok(PrepareResponse::default())
     }

@@ -189,18 +189,27 @@ impl Builder<'_> {
         let images = Images::open(self.config)?;
         launch::boot_vm(vm, self.config, &self.kvm, &images, &agent).await?;
         drop((images, agent));
-        let limit = self.config.agent_timeout;
-        let request = PrepareRequest::default();
-        let prepared = vm.agent.prepare(context::Context::default(), &request);
-        match timeout(limit, prepared).await {
-            Ok(prepared) => prepared.map_err(|e| Fault::of_call("prepare the guest", e))?,
-            Err(_) => return Err(Fault::internal(unanswered("agent", limit))),
-        };
+        self.prepare(vm, false).await?;
         vm.machine.pause().await?;
         vm.machine.save(&memory, &state).await
     }
 
-    /// Restores what was saved, and notes the pages that it took to answer.
+    /// Has the agent go through the life of a container, or through its start alone.
+    async fn prepare(&self, vm: &Vm, leave: bool) -> Result<(), Fault> {
+        let limit = self.config.agent_timeout;
+        let request = PrepareRequest {
+            leave,
+            ..PrepareRequest::default()
+        };
+        let prepared = vm.agent.prepare(context::Context::default(), &request);
+        match timeout(limit, prepared).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(e)) => Err(Fault::of_call("prepare the guest", e)),
+            Err(_) => Err(Fault::internal(unanswered("agent", limit))),
+        }
+    }
+
+    /// Restores what was saved, and notes the pages that it wrote to answer and to start a container.
     async fn test(&self, vm: &Arc<Vm>, agent: OwnedFd) -> Result<(), Fault> {
         let file = |name| {
             self.draft
@@ -221,10 +230,11 @@ impl Builder<'_> {
         vm.booting();
         let _events = vm.bring_up(self.config.agent_timeout, Arc::default());
         vm.ready().await?;
+        self.prepare(vm, true).await?;
         vm.machine.pause().await?;
         let noted = memory
             .metadata()
-            .and_then(|found| pages::touched(vm.pid, &Stamp::from(&found)));
+            .and_then(|found| pages::written(vm.pid, &Stamp::from(&found)));
         match noted {
             Ok(runs) if runs.is_empty() => Ok(()),
             Ok(runs) => {
@@ -234,7 +244,7 @@ impl Builder<'_> {
             }
             // Clones go without.
             Err(e) => {
-                log::debug!("the pages that a start touches: {e}");
+                log::debug!("the pages that a start writes: {e}");
                 Ok(())
             }
         }

@@ -1,6 +1,8 @@
-//! Which pages of guest memory a start touches: what a clone's VMM has mapped once its agent has
-//! answered, read from `/proc/<pid>/maps` and `pagemap`. Written down beside the memory, so that the
-//! VMM of every later clone maps them at once instead of fault by fault (machine.proto, `pages_fd`).
+//! Which pages of guest memory a start writes: what a clone's VMM has copied once its agent has
+//! answered and started a container, read from `/proc/<pid>/maps` and `pagemap`. Written down beside the
+//! memory, so that the VMM of every later clone maps them at once instead of fault by fault
+//! (machine.proto, `pages_fd`). Pages that are only read are left to faults: the kernel maps sixteen for
+//! each one that was asked for, so page tables do not tell which they are.
 
 use std::{
     fs::{self, File},
@@ -21,17 +23,16 @@ const WRITTEN: u64 = 1;
 /// Entries that are read at a time.
 const CHUNK: u64 = 1024;
 
-/// Pages that follow each other and were used alike.
+/// Pages that follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     /// In the memory file, bytes.
     pub(super) offset: u64,
     /// Bytes.
     pub(super) length: u64,
-    pub(super) written: bool,
 }
 
-/// Where a part of the file is mapped.
+/// Where a part of guest memory is mapped.
 #[derive(Debug, PartialEq, Eq)]
 struct Mapping {
     start: u64,
@@ -40,17 +41,12 @@ struct Mapping {
     offset: u64,
 }
 
-/// What of the memory file the process `pid` has mapped and used, in the file's order.
-pub(super) fn touched(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
+/// What of the memory file the process `pid` has mapped and written to, in the file's order.
+pub(super) fn written(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut mappings: Vec<Mapping> = maps
-        .lines()
-        .filter_map(|line| mapping(line, memory.inode))
-        .collect();
-    mappings.sort_by_key(|mapping| mapping.offset);
     let mut runs: Vec<Run> = Vec::new();
-    for mapping in mappings {
+    for mapping in mappings(&maps, memory) {
         let mut at = mapping.start;
         while at < mapping.end {
             let count = ((mapping.end - at) / PAGE).clamp(1, CHUNK);
@@ -58,9 +54,8 @@ pub(super) fn touched(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
             pagemap.read_exact_at(&mut entries, at / PAGE * ENTRY)?;
             for entry in entries.chunks_exact(ENTRY as usize) {
                 let entry = entry.try_into().map_or(0, u64::from_le_bytes);
-                if entry & PRESENT != 0 {
-                    let offset = mapping.offset + (at - mapping.start);
-                    add(&mut runs, offset, entry & OF_FILE == 0);
+                if entry & PRESENT != 0 && entry & OF_FILE == 0 {
+                    add(&mut runs, mapping.offset + (at - mapping.start));
                 }
                 at += PAGE;
             }
@@ -69,22 +64,48 @@ pub(super) fn touched(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
     Ok(runs)
 }
 
-fn add(runs: &mut Vec<Run>, offset: u64, written: bool) {
+fn add(runs: &mut Vec<Run>, offset: u64) {
     match runs.last_mut() {
-        Some(last) if last.offset + last.length == offset && last.written == written => {
-            last.length += PAGE;
-        }
+        Some(last) if last.offset + last.length == offset => last.length += PAGE,
         _ => runs.push(Run {
             offset,
             length: PAGE,
-            written,
         }),
     }
 }
 
-/// A line of maps (proc(5)), if it is a private mapping of this file. The device is not compared: on
-/// some file systems it is another one there than in stat(2).
-fn mapping(line: &str, inode: u64) -> Option<Mapping> {
+/// Where guest memory is, in the file's order: private mappings of the file, and anonymous ones that
+/// follow upon them, which stand for parts of the file without data.
+fn mappings(maps: &str, memory: &Stamp) -> Vec<Mapping> {
+    let mut found: Vec<Mapping> = Vec::new();
+    for line in maps.lines() {
+        let Some((start, end, offset)) = mapping(line, memory.inode) else {
+            continue;
+        };
+        let before = found.last();
+        let before = before.map(|last| (last.end, last.offset + (last.end - last.start)));
+        let offset = match (offset, before) {
+            (Some(offset), _) => offset,
+            (None, Some((at, offset))) if at == start => offset,
+            _ => continue,
+        };
+        let length = (end - start).min(memory.size.saturating_sub(offset));
+        if length > 0 {
+            found.push(Mapping {
+                start,
+                end: start + length,
+                offset,
+            });
+        }
+    }
+    found.sort_by_key(|mapping| mapping.offset);
+    found
+}
+
+/// Start, end and offset of a line of maps (proc(5)), if it is a private mapping of this file, or an
+/// anonymous one, which has no offset. The device is not compared: on some file systems it is another
+/// one there than in stat(2).
+fn mapping(line: &str, inode: u64) -> Option<(u64, u64, Option<u64>)> {
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
     let private = fields.next()?.ends_with('p');
@@ -92,9 +113,12 @@ fn mapping(line: &str, inode: u64) -> Option<Mapping> {
     let hex = |text| u64::from_str_radix(text, 16).ok();
     let (start, end, offset) = (hex(start)?, hex(end)?, hex(offset)?);
     let found: u64 = fields.nth(1)?.parse().ok()?;
-    let fits =
-        private && found == inode && start < end && offset.checked_add(end - start).is_some();
-    fits.then_some(Mapping { start, end, offset })
+    let sound = private && start < end && offset.checked_add(end - start).is_some();
+    match (sound, found) {
+        (true, 0) => Some((start, end, None)),
+        (true, found) if found == inode => Some((start, end, Some(offset))),
+        _ => None,
+    }
 }
 
 /// As machine.proto has it: 16 bytes per run, offset and length, little-endian.
@@ -102,8 +126,7 @@ pub(super) fn encode(runs: &[Run]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(runs.len() * 16);
     for run in runs {
         bytes.extend(run.offset.to_le_bytes());
-        let length = run.length | if run.written { WRITTEN } else { 0 };
-        bytes.extend(length.to_le_bytes());
+        bytes.extend((run.length | WRITTEN).to_le_bytes());
     }
     bytes
 }
@@ -115,7 +138,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_touched_is_found_and_told_apart() {
+    fn what_was_written_is_told_from_what_was_read() {
         let file = tempfile::tempfile().unwrap();
         let pages = 256;
         file.write_all_at(&vec![1; pages * PAGE as usize], 0)
@@ -132,8 +155,6 @@ mod tests {
                 0,
             );
             assert_ne!(at, libc::MAP_FAILED);
-            // Without this a read maps its neighbours too.
-            libc::madvise(at, length, libc::MADV_RANDOM);
             at.cast::<u8>()
         };
         let page = PAGE as usize;
@@ -145,19 +166,12 @@ mod tests {
             at.add(100 * page).read_volatile();
         }
         let stamp = Stamp::from(&file.metadata().unwrap());
-        let runs = touched(std::process::id(), &stamp).unwrap();
-        let written: Vec<_> = runs.iter().filter(|run| run.written).copied().collect();
+        let runs = written(std::process::id(), &stamp).unwrap();
         let run = |first: u64, count: u64| Run {
             offset: first * PAGE,
             length: count * PAGE,
-            written: true,
         };
-        assert_eq!(written, [run(3, 2), run(200, 1)]);
-        let holds = |run: &Run| (run.offset..run.offset + run.length).contains(&(100 * PAGE));
-        assert!(
-            runs.iter().any(|run| !run.written && holds(run)),
-            "{runs:?}"
-        );
+        assert_eq!(runs, [run(3, 2), run(200, 1)]);
         // SAFETY: the mapping made above.
         unsafe { libc::munmap(at.cast(), length) };
     }
@@ -167,7 +181,6 @@ mod tests {
         let run = Run {
             offset: 0x3000,
             length: 0x2000,
-            written: true,
         };
         let mut expected = vec![0, 0x30, 0, 0, 0, 0, 0, 0];
         expected.extend([1, 0x20, 0, 0, 0, 0, 0, 0]);
@@ -177,11 +190,7 @@ mod tests {
     #[test]
     fn lines_of_other_files_are_passed_over() {
         let line = "7f00-9f00 rw-p 00001000 fe:00 42 /memory (deleted)";
-        let expected = Mapping {
-            start: 0x7f00,
-            end: 0x9f00,
-            offset: 0x1000,
-        };
+        let expected = (0x7f00, 0x9f00, Some(0x1000));
         assert_eq!(mapping(line, 42), Some(expected));
         assert_eq!(mapping(line, 43), None);
         for line in [
@@ -193,5 +202,30 @@ mod tests {
         ] {
             assert_eq!(mapping(line, 42), None, "{line}");
         }
+    }
+
+    #[test]
+    fn memory_without_data_is_found_behind_the_data() {
+        let maps = "1000-3000 rw-p 00000000 00:00 0
+5000-7000 rw-p 00000000 fe:00 42 /memory
+7000-9000 rw-p 00000000 00:00 0
+9000-a000 rw-p 00004000 fe:00 42 /memory
+a000-f000 rw-p 00000000 00:00 0
+";
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(0x6000).unwrap();
+        let mut stamp = Stamp::from(&file.metadata().unwrap());
+        stamp.inode = 42;
+        let found: Vec<_> = mappings(maps, &stamp)
+            .iter()
+            .map(|mapping| (mapping.start, mapping.end, mapping.offset))
+            .collect();
+        let expected = [
+            (0x5000, 0x7000, 0),
+            (0x7000, 0x9000, 0x2000),
+            (0x9000, 0xa000, 0x4000),
+            (0xa000, 0xb000, 0x5000),
+        ];
+        assert_eq!(found, expected);
     }
 }

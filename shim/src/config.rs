@@ -138,7 +138,8 @@ impl Config {
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),
             log_level: None,
-            templates: Sharing::Namespace,
+            // Until clones are known to be as sound as pods that boot (README).
+            templates: Sharing::Off,
             template_dir: TEMPLATES.into(),
             template_space_mib: TEMPLATE_SPACE_MIB,
         }

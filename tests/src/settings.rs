@@ -5,7 +5,7 @@ use std::{fs, io::ErrorKind, path::Path};
 const FILE: &str = "/etc/husk/config.toml";
 
 /// What the lab has where nobody says otherwise: its CPU is software, and its host may be busy.
-pub const CLONES: &str = "agent_timeout_ms = 60000\n";
+pub const CLONES: &str = "agent_timeout_ms = 60000\ntemplates = \"namespace\"\n";
 /// The same for pods that boot.
 pub const COLD: &str = "agent_timeout_ms = 60000\ntemplates = \"off\"\n";
 

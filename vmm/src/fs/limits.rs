@@ -13,13 +13,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::sys::Errno;
 
 /// The guest's part: inodes that it knows, and open files, together.
-const GUEST: libc::rlim_t = 1 << 16;
+const GUEST: libc::rlim_t = 1 << 18;
 /// Descriptors that are not the guest's to use up: queues, sockets, shares.
 const RESERVED: libc::rlim_t = 4096;
 /// As many of them where the host does not allow both.
 const RESERVED_LEAST: libc::rlim_t = 512;
 /// For one server; tests have many in one process.
-const WANTED: libc::rlim_t = if cfg!(test) { 8 } else { 1 } * (GUEST + RESERVED);
+const WANTED: libc::rlim_t = if cfg!(test) { 3 } else { 1 } * (GUEST + RESERVED);
 /// Entries that the descriptor table gets at once.
 const TABLE: libc::rlim_t = 4096;
 

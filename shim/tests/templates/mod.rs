@@ -21,7 +21,10 @@ const HUSK: &str = env!("CARGO_BIN_EXE_husk");
 async fn host(kernel: &str) -> Templates {
     let mut host = Host::new().await;
     fs::write(host.at("vmlinux"), kernel).unwrap();
-    host.settings = vec![format!("template_dir = {:?}", host.at("templates"))];
+    host.settings = vec![
+        "templates = \"namespace\"".into(),
+        format!("template_dir = {:?}", host.at("templates")),
+    ];
     fs::write(host.at("config.toml"), host.configuration()).unwrap();
     Templates(host)
 }

@@ -120,8 +120,8 @@ mod tests {
 
     #[test]
     fn a_guest_gets_its_part_however_much_the_host_allows() {
-        assert_eq!(guests_part(1 << 30), 1 << 16);
-        assert_eq!(guests_part(WANTED), 1 << 16);
+        assert_eq!(guests_part(1 << 30), GUEST);
+        assert_eq!(guests_part(WANTED), GUEST);
         assert_eq!(guests_part(4096), 4096 - 512);
         assert_eq!(guests_part(100), 512);
     }

@@ -28,7 +28,9 @@ pub fn hello() -> api::HelloRequest {
     // SAFETY: the buffer has that many bytes.
     let got = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
     if got != 64 {
-        log::warn!("getrandom: {}", io::Error::last_os_error());
+        log::error!("getrandom: {}", io::Error::last_os_error());
+        // The agent refuses a guest without randomness of its own: better no clone than two that are alike.
+        entropy.clear();
     }
     api::HelloRequest {
         wall_clock_ns: wall_clock_ns(),
@@ -133,7 +135,8 @@ fn hostname() -> String {
         return String::new();
     }
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(0);
-    String::from_utf8_lossy(name.get(..end).unwrap_or_default()).into_owned()
+    // Not lossy: replacements are longer than what they replace, and the agent takes 64 bytes.
+    String::from_utf8(name.get(..end).unwrap_or_default().to_vec()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -44,6 +44,11 @@ impl Census {
         Census(found)
     }
 
+    /// What is there now that was not there before.
+    pub fn news(&self) -> Vec<String> {
+        Census::take().0.difference(&self.0).cloned().collect()
+    }
+
     /// Waits until there is nothing that was not there before.
     ///
     /// # Panics
@@ -52,7 +57,7 @@ impl Census {
     pub fn assert_restored(&self) {
         let mut left = Vec::new();
         let restored = eventually(Instant::now() + Duration::from_secs(10), || {
-            left = Census::take().0.difference(&self.0).cloned().collect();
+            left = self.news();
             left.is_empty().then_some(())
         });
         assert!(restored.is_some(), "left behind: {left:#?}");

@@ -1,10 +1,10 @@
 //! Pods beside each other, and what they leave: nothing.
 
-use std::fs;
+use std::{fs, os::unix::net::UnixListener, process::Command, time::Instant};
 
 use husk_tests::{
     census::Census,
-    command,
+    command::{self, PATIENCE, eventually},
     ctr::{Container, Run, Runtime, ctr, fresh_id},
 };
 
@@ -79,6 +79,60 @@ fn the_native_snapshotter_works_too() {
     );
 }
 
+/// What the tests of traces rely on.
+#[test]
+fn a_trace_of_any_kind_is_seen() {
+    let run = |program: &str, args: &[&str]| {
+        command::run(Command::new(program).args(args), b"").ok();
+    };
+    let spawn = |program: &str, args: &[&str]| Command::new(program).args(args).spawn();
+    let before = Census::take();
+
+    let (fifo, directory) = ("/run/containerd/fifo/trace", "/run/husk/trace");
+    let (socket, cgroup) = ("/run/husk/trace.sock", "/sys/fs/cgroup/trace");
+    fs::create_dir_all("/run/containerd/fifo").expect("create");
+    run("mkfifo", &[fifo]);
+    fs::create_dir_all(directory).expect("create");
+    run("mount", &["-t", "tmpfs", "trace", directory]);
+    let listener = UnixListener::bind(socket).expect("bind");
+    fs::create_dir(cgroup).expect("create");
+    fs::copy("/bin/sleep", "/var/tmp/husk-trace").expect("copy");
+    let process = spawn("/var/tmp/husk-trace", &["1000"]).expect("spawn");
+    let namespace = spawn("unshare", &["--net", "sleep", "1000"]).expect("spawn");
+
+    let wanted = [
+        format!("file {fifo}"),
+        format!("file {directory}"),
+        format!("{directory} rw"),
+        format!("socket {socket}"),
+        format!("cgroup {cgroup}"),
+        format!("process {} husk-trace", process.id()),
+        "namespace net:".to_owned(),
+    ];
+    let missed = |news: &[String]| -> Vec<String> {
+        let is_missed = |trace: &&String| !news.iter().any(|new| new.contains(trace.as_str()));
+        wanted.iter().filter(is_missed).cloned().collect()
+    };
+    let all = eventually(Instant::now() + PATIENCE, || {
+        missed(&before.news()).is_empty().then_some(())
+    });
+    let news = before.news();
+    for mut child in [process, namespace] {
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+    drop(listener);
+    run("umount", &[directory]);
+    for file in [fifo, socket, "/var/tmp/husk-trace"] {
+        fs::remove_file(file).expect("remove");
+    }
+    for directory in [directory, cgroup] {
+        fs::remove_dir(directory).expect("remove");
+    }
+    assert!(all.is_some(), "not seen: {:?} in {news:#?}", missed(&news));
+    before.assert_restored();
+}
+
 /// Kills every process of this name: these tests run one at a time, alone in their lab.
 fn kill_by_name(name: &str) {
     let mut killed = 0;
@@ -88,7 +142,7 @@ fn kill_by_name(name: &str) {
         if exe.file_name().is_some_and(|file| file == name) {
             let pid = entry.file_name();
             let pid = pid.to_str().expect("a pid");
-            command::run(std::process::Command::new("kill").args(["-9", pid]), b"").ok();
+            command::run(Command::new("kill").args(["-9", pid]), b"").ok();
             killed += 1;
         }
     }

@@ -261,6 +261,7 @@ fn list(
         let mut file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
         line += &format!(" sum {:016x}", checksum(&mut file)?);
         line += &format!(" sparse {}", meta.blocks() * 512 < meta.size());
+        line += &format!(" data at {:?}", extents(&file, meta.size())?);
     }
     if !kind.is_symlink() && !kind.is_socket() && !kind.is_fifo() && !empty {
         line += &xattrs(&path)?;
@@ -277,6 +278,23 @@ fn list(
         }
     }
     Ok(())
+}
+
+/// Where the file's data is between its holes, by lseek(2).
+fn extents(file: &File, size: u64) -> Result<Vec<(u64, u64)>> {
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let begin = match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+            Ok(begin) => begin,
+            // No data after this.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error).context("SEEK_DATA"),
+        };
+        at = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(begin)).context("SEEK_HOLE")?;
+        found.push((begin, at));
+    }
+    Ok(found)
 }
 
 /// FNV-1a: enough to see a difference, no dependency.

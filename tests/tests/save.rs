@@ -261,6 +261,34 @@ fn time_stands_still_for_a_saved_guest() {
     });
 }
 
+/// A guest watches its time stamp counter by KVM's clock, and gives it up when they drift apart.
+#[test]
+fn a_clones_clocks_go_on_together() {
+    const APART_NS: i64 = 3_000_000;
+    run(async {
+        let mut machine = Machine::spawn()?;
+        let cmdline = "husk_probe=serve clocksource=kvm-clock";
+        let guest = machine
+            .boot(Path::new(KERNEL), &probe_initrd(), MEMORY_MIB, 4, cmdline)
+            .await?;
+        let mut guest = Guest::new(guest)?;
+        let first = guest.clocks().await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = guest.clocks().await?;
+        let ticks_per_ns = (before.tsc - first.tsc) as f64 / (before.raw_ns - first.raw_ns) as f64;
+        let saved = save_and_stop(machine).await?;
+        for _ in 0..3 {
+            let (_machine, mut guest) = restore_probe(&saved).await?;
+            let now = guest.clocks().await?;
+            let counted = (now.tsc - before.tsc) as f64 / ticks_per_ns;
+            let ahead = counted as i64 - (now.raw_ns - before.raw_ns) as i64;
+            println!("the counter is {ahead} ns ahead of the clock");
+            ensure!(ahead.abs() < APART_NS, "{ahead} ns apart");
+        }
+        Ok(())
+    });
+}
+
 /// The template's guest has mounted the shares before there are any.
 #[test]
 fn shares_come_to_a_clone_that_has_mounted_them() {

@@ -285,22 +285,39 @@ impl Machine {
         vcpus: u32,
         cmdline: &str,
     ) -> Result<UnixStream> {
+        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        self.boot_with(&theirs, kernel, initrd, memory_mib, vcpus, cmdline)
+            .await?;
+        Ok(agent)
+    }
+
+    /// Boots kernel and initrd with a socket for the agent's connection.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub async fn boot_with(
+        &mut self,
+        agent: &UnixStream,
+        kernel: &Path,
+        initrd: &Path,
+        memory_mib: u64,
+        vcpus: u32,
+        cmdline: &str,
+    ) -> Result<()> {
         let open =
             |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
-        let kvm = kvm()?;
-        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
         let request = BootRequest {
-            kvm_fd: self.pass(kvm)?,
+            kvm_fd: self.pass(kvm()?)?,
             kernel_fd: self.pass(open(kernel)?)?,
             initrd_fd: self.pass(open(initrd)?)?,
-            agent_fd: self.pass(theirs)?,
+            agent_fd: self.pass(agent)?,
             memory_bytes: memory_mib << 20,
             vcpus,
             cmdline: cmdline.to_owned(),
             ..Default::default()
         };
         self.client.boot(patience(), &request).await?;
-        Ok(agent)
+        Ok(())
     }
 
     /// Restores a machine; the answer is the host's end of the agent's connection.
@@ -308,18 +325,31 @@ impl Machine {
     /// # Errors
     /// What the VMM answers.
     pub async fn restore(&mut self, saved: &Saved, pages: Option<&File>) -> Result<UnixStream> {
-        let kvm = kvm()?;
         let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        self.restore_with(&theirs, saved, pages).await?;
+        Ok(agent)
+    }
+
+    /// Restores a machine with a socket for the agent's connection.
+    ///
+    /// # Errors
+    /// As [`Self::restore`].
+    pub async fn restore_with(
+        &mut self,
+        agent: &UnixStream,
+        saved: &Saved,
+        pages: Option<&File>,
+    ) -> Result<()> {
         let request = RestoreRequest {
-            kvm_fd: self.pass(kvm)?,
+            kvm_fd: self.pass(kvm()?)?,
             memory_fd: self.pass(&saved.memory)?,
             state_fd: self.pass(&saved.state)?,
-            agent_fd: self.pass(theirs)?,
+            agent_fd: self.pass(agent)?,
             pages_fd: pages.map_or(Ok(0), |pages| self.pass(pages))?,
             ..Default::default()
         };
         self.client.restore(patience(), &request).await?;
-        Ok(agent)
+        Ok(())
     }
 
     /// Saves the machine, which must be paused, to files on the lab's disk.

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, net::UnixStream},
     path::{Path, PathBuf},
     sync::Once,
     time::{Duration, Instant},
@@ -328,7 +328,7 @@ fn what_is_in_the_way_of_saving_is_named() {
         let (mut machine, mut guest) = boot_probe(1, 0).await?;
         refused(machine.save().await, "not paused");
 
-        let (_ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let (_ours, theirs) = UnixStream::pair()?;
         let dial = ConnectRequest {
             connections: vec![Connection {
                 fd: machine.pass(theirs)?,
@@ -409,6 +409,29 @@ fn a_machine_that_cannot_be_restored_can_still_be_booted() {
             .await?;
         Guest::new(guest)?.report().await?;
         refused(machine.restore(&saved, None).await, "booted before");
+        Ok(())
+    });
+}
+
+/// Devices take their state over, the agent's connection with it, before they find empty memory.
+#[test]
+fn a_restore_that_fails_late_leaves_the_agents_socket_for_a_boot() {
+    run(async {
+        let saved = saved_probe().await?;
+        let empty = Saved {
+            memory: machine::scratch_file()?,
+            state: saved.state.try_clone()?,
+        };
+        empty.memory.set_len(saved.memory.metadata()?.len())?;
+        let mut machine = Machine::spawn()?;
+        let (agent, theirs) = UnixStream::pair()?;
+        refused(machine.restore_with(&theirs, &empty, None).await, "queue");
+        let (kernel, initrd) = (Path::new(KERNEL), probe_initrd());
+        machine
+            .boot_with(&theirs, kernel, &initrd, MEMORY_MIB, 1, "husk_probe=serve")
+            .await?;
+        drop(theirs);
+        Guest::new(agent)?.report().await?;
         Ok(())
     });
 }

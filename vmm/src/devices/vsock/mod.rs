@@ -137,6 +137,17 @@ impl Vsock {
     }
 }
 
+impl Drop for Vsock {
+    /// A machine that ran keeps its devices until the process ends. So this one never ran, and another
+    /// one may be booted with the same agent's socket.
+    fn drop(&mut self) {
+        self.stop();
+        if let State::Inactive(muxer) = &mut self.state {
+            muxer.leave();
+        }
+    }
+}
+
 impl VirtioDevice for Vsock {
     fn kind(&self) -> Kind {
         Kind {

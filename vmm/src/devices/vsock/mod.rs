@@ -351,11 +351,8 @@ impl Thread {
                 more = false;
                 break;
             }
-            let Some(mut chain) = queue.pop(ram).map_err(failed)? else {
-                more = queue.arm(ram).map_err(failed)?;
-                if more {
-                    continue;
-                }
+            let Some(mut chain) = queue.pop_or_arm(ram).map_err(failed)? else {
+                more = false;
                 break;
             };
             let header = Header::from_bytes(&chain.read_header::<HEADER_SIZE>().map_err(failed)?);
@@ -385,12 +382,8 @@ impl Thread {
                 more = true;
                 break;
             }
-            let Some(mut chain) = queue.pop(ram).map_err(failed)? else {
+            let Some(mut chain) = queue.pop_or_arm(ram).map_err(failed)? else {
                 // The guest rings when it has room again.
-                more = queue.arm(ram).map_err(failed)?;
-                if more {
-                    continue;
-                }
                 break;
             };
             let room = chain.take_writable(HEADER_SIZE).map_err(failed)?;

@@ -78,6 +78,16 @@ async fn saved_probe() -> Result<Saved> {
     save_and_stop(machine).await
 }
 
+/// A saved machine whose agent has said hello.
+async fn saved_agent() -> Result<Saved> {
+    let mut machine = Machine::spawn()?;
+    let agent = machine
+        .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
+        .await?;
+    let _agent = machine::hello(agent).await?;
+    save_and_stop(machine).await
+}
+
 /// Nothing was computed wrong, and no clock ran backwards, not even since `before`.
 fn check(now: Report, before: Report) -> Result<()> {
     ensure!(now.wrong == 0, "{now:?}");
@@ -92,13 +102,7 @@ fn check(now: Report, before: Report) -> Result<()> {
 #[test]
 fn a_restored_machine_answers_where_its_agent_was() {
     run(async {
-        let mut machine = Machine::spawn()?;
-        let agent = machine
-            .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
-            .await?;
-        let agent = machine::hello(agent).await?;
-        let saved = save_and_stop(machine).await?;
-        drop(agent);
+        let saved = saved_agent().await?;
         for _ in 0..3 {
             clone_and_say_hello(&saved, None).await?;
         }
@@ -124,13 +128,7 @@ async fn clone_and_say_hello(saved: &Saved, pages: Option<&File>) -> Result<Mach
 #[test]
 fn pages_listed_are_there_before_the_guest_asks() {
     run(async {
-        let mut machine = Machine::spawn()?;
-        let agent = machine
-            .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
-            .await?;
-        let agent = machine::hello(agent).await?;
-        let saved = save_and_stop(machine).await?;
-        drop(agent);
+        let saved = saved_agent().await?;
         let first = clone_and_say_hello(&saved, None).await?;
         let pages = machine::pages_written(first.pid(), &saved.memory)?;
         let without = machine::page_faults(first.pid())?;

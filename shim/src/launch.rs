@@ -48,8 +48,7 @@ pub struct Launched {
     pub wanted: Option<Ingredients>,
 }
 
-/// Starts a VM. If it boots for want of a template, the guest boots on while this returns; otherwise its agent
-/// has answered.
+/// Starts a VM. If it boots, the guest boots on while this returns; a clone's agent has answered.
 pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
     let network = match &setup.network {
@@ -79,12 +78,7 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
         }
         Err(why) => {
             log::warn!("template {}: {why}: booting instead", template.key);
-            // A VMM that got far before it gave up may have closed the agent's socket by then.
-            let booted = match boot(setup, &vm, &kvm, agent).await {
-                Ok(events) => vm.ready().await.map(|()| events),
-                Err(fault) => Err(fault),
-            };
-            match booted {
+            match boot(setup, &vm, &kvm, agent).await {
                 Ok(events) => return Ok(launched(vm, events)),
                 Err(fault) => {
                     distrust(setup, &template);

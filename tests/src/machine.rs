@@ -78,27 +78,51 @@ impl Report {
             backwards,
             late_ns,
         } = self;
-        [rounds, wrong, monotonic_ns, backwards, late_ns]
-            .iter()
-            .flat_map(|number| number.to_le_bytes())
-            .collect()
+        to_bytes(&[rounds, wrong, monotonic_ns, backwards, late_ns])
     }
 
     pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
-        let number = |at: usize| {
-            bytes[at * 8..][..8]
-                .iter()
-                .rev()
-                .fold(0, |number, byte| number << 8 | u64::from(*byte))
-        };
+        let [rounds, wrong, monotonic_ns, backwards, late_ns] = from_bytes(bytes);
         Report {
-            rounds: number(0),
-            wrong: number(1),
-            monotonic_ns: number(2),
-            backwards: number(3),
-            late_ns: number(4),
+            rounds,
+            wrong,
+            monotonic_ns,
+            backwards,
+            late_ns,
         }
     }
+}
+
+/// What two clocks of such a guest show at one moment.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Clocks {
+    /// Ticks of the time stamp counter.
+    pub tsc: u64,
+    /// CLOCK_MONOTONIC_RAW, which is the kernel's clock source as it runs.
+    pub raw_ns: u64,
+}
+
+impl Clocks {
+    pub const SIZE: usize = 16;
+
+    pub fn to_bytes(self) -> Vec<u8> {
+        to_bytes(&[self.tsc, self.raw_ns])
+    }
+
+    pub fn from_bytes(bytes: &[u8; Self::SIZE]) -> Self {
+        let [tsc, raw_ns] = from_bytes(bytes);
+        Clocks { tsc, raw_ns }
+    }
+}
+
+fn to_bytes(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|n| n.to_le_bytes()).collect()
+}
+
+fn from_bytes<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+    let mut numbers = bytes.chunks_exact(8).map(number);
+    std::array::from_fn(|_| numbers.next().unwrap_or(0))
 }
 
 /// The host's end of the connection to such a guest.
@@ -132,6 +156,12 @@ impl Guest {
     /// As [`Self::ask`].
     pub async fn report(&mut self) -> Result<Report> {
         Ok(Report::from_bytes(&self.ask(b"c").await?))
+    }
+
+    /// # Errors
+    /// As [`Self::ask`].
+    pub async fn clocks(&mut self) -> Result<Clocks> {
+        Ok(Clocks::from_bytes(&self.ask(b"t").await?))
     }
 }
 
@@ -255,22 +285,39 @@ impl Machine {
         vcpus: u32,
         cmdline: &str,
     ) -> Result<UnixStream> {
+        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        self.boot_with(&theirs, kernel, initrd, memory_mib, vcpus, cmdline)
+            .await?;
+        Ok(agent)
+    }
+
+    /// Boots kernel and initrd with a socket for the agent's connection.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub async fn boot_with(
+        &mut self,
+        agent: &UnixStream,
+        kernel: &Path,
+        initrd: &Path,
+        memory_mib: u64,
+        vcpus: u32,
+        cmdline: &str,
+    ) -> Result<()> {
         let open =
             |path: &Path| File::open(path).with_context(|| format!("open {}", path.display()));
-        let kvm = kvm()?;
-        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
         let request = BootRequest {
-            kvm_fd: self.pass(kvm)?,
+            kvm_fd: self.pass(kvm()?)?,
             kernel_fd: self.pass(open(kernel)?)?,
             initrd_fd: self.pass(open(initrd)?)?,
-            agent_fd: self.pass(theirs)?,
+            agent_fd: self.pass(agent)?,
             memory_bytes: memory_mib << 20,
             vcpus,
             cmdline: cmdline.to_owned(),
             ..Default::default()
         };
         self.client.boot(patience(), &request).await?;
-        Ok(agent)
+        Ok(())
     }
 
     /// Restores a machine; the answer is the host's end of the agent's connection.
@@ -278,18 +325,31 @@ impl Machine {
     /// # Errors
     /// What the VMM answers.
     pub async fn restore(&mut self, saved: &Saved, pages: Option<&File>) -> Result<UnixStream> {
-        let kvm = kvm()?;
         let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        self.restore_with(&theirs, saved, pages).await?;
+        Ok(agent)
+    }
+
+    /// Restores a machine with a socket for the agent's connection.
+    ///
+    /// # Errors
+    /// As [`Self::restore`].
+    pub async fn restore_with(
+        &mut self,
+        agent: &UnixStream,
+        saved: &Saved,
+        pages: Option<&File>,
+    ) -> Result<()> {
         let request = RestoreRequest {
-            kvm_fd: self.pass(kvm)?,
+            kvm_fd: self.pass(kvm()?)?,
             memory_fd: self.pass(&saved.memory)?,
             state_fd: self.pass(&saved.state)?,
-            agent_fd: self.pass(theirs)?,
+            agent_fd: self.pass(agent)?,
             pages_fd: pages.map_or(Ok(0), |pages| self.pass(pages))?,
             ..Default::default()
         };
         self.client.restore(patience(), &request).await?;
-        Ok(agent)
+        Ok(())
     }
 
     /// Saves the machine, which must be paused, to files on the lab's disk.

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, net::UnixStream},
     path::{Path, PathBuf},
     sync::Once,
     time::{Duration, Instant},
@@ -78,6 +78,16 @@ async fn saved_probe() -> Result<Saved> {
     save_and_stop(machine).await
 }
 
+/// A saved machine whose agent has said hello.
+async fn saved_agent() -> Result<Saved> {
+    let mut machine = Machine::spawn()?;
+    let agent = machine
+        .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
+        .await?;
+    let _agent = machine::hello(agent).await?;
+    save_and_stop(machine).await
+}
+
 /// Nothing was computed wrong, and no clock ran backwards, not even since `before`.
 fn check(now: Report, before: Report) -> Result<()> {
     ensure!(now.wrong == 0, "{now:?}");
@@ -92,13 +102,7 @@ fn check(now: Report, before: Report) -> Result<()> {
 #[test]
 fn a_restored_machine_answers_where_its_agent_was() {
     run(async {
-        let mut machine = Machine::spawn()?;
-        let agent = machine
-            .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
-            .await?;
-        let agent = machine::hello(agent).await?;
-        let saved = save_and_stop(machine).await?;
-        drop(agent);
+        let saved = saved_agent().await?;
         for _ in 0..3 {
             clone_and_say_hello(&saved, None).await?;
         }
@@ -124,13 +128,7 @@ async fn clone_and_say_hello(saved: &Saved, pages: Option<&File>) -> Result<Mach
 #[test]
 fn pages_listed_are_there_before_the_guest_asks() {
     run(async {
-        let mut machine = Machine::spawn()?;
-        let agent = machine
-            .boot(Path::new(KERNEL), Path::new(INITRD), MEMORY_MIB, 1, "")
-            .await?;
-        let agent = machine::hello(agent).await?;
-        let saved = save_and_stop(machine).await?;
-        drop(agent);
+        let saved = saved_agent().await?;
         let first = clone_and_say_hello(&saved, None).await?;
         let pages = machine::pages_written(first.pid(), &saved.memory)?;
         let without = machine::page_faults(first.pid())?;
@@ -261,6 +259,34 @@ fn time_stands_still_for_a_saved_guest() {
     });
 }
 
+/// A guest watches its time stamp counter by KVM's clock, and gives it up when they drift apart.
+#[test]
+fn a_clones_clocks_go_on_together() {
+    const APART_NS: i64 = 3_000_000;
+    run(async {
+        let mut machine = Machine::spawn()?;
+        let cmdline = "husk_probe=serve clocksource=kvm-clock";
+        let guest = machine
+            .boot(Path::new(KERNEL), &probe_initrd(), MEMORY_MIB, 4, cmdline)
+            .await?;
+        let mut guest = Guest::new(guest)?;
+        let first = guest.clocks().await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let before = guest.clocks().await?;
+        let ticks_per_ns = (before.tsc - first.tsc) as f64 / (before.raw_ns - first.raw_ns) as f64;
+        let saved = save_and_stop(machine).await?;
+        for _ in 0..3 {
+            let (_machine, mut guest) = restore_probe(&saved).await?;
+            let now = guest.clocks().await?;
+            let counted = (now.tsc - before.tsc) as f64 / ticks_per_ns;
+            let ahead = counted as i64 - (now.raw_ns - before.raw_ns) as i64;
+            println!("the counter is {ahead} ns ahead of the clock");
+            ensure!(ahead.abs() < APART_NS, "{ahead} ns apart");
+        }
+        Ok(())
+    });
+}
+
 /// The template's guest has mounted the shares before there are any.
 #[test]
 fn shares_come_to_a_clone_that_has_mounted_them() {
@@ -300,7 +326,7 @@ fn what_is_in_the_way_of_saving_is_named() {
         let (mut machine, mut guest) = boot_probe(1, 0).await?;
         refused(machine.save().await, "not paused");
 
-        let (_ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+        let (_ours, theirs) = UnixStream::pair()?;
         let dial = ConnectRequest {
             connections: vec![Connection {
                 fd: machine.pass(theirs)?,
@@ -381,6 +407,29 @@ fn a_machine_that_cannot_be_restored_can_still_be_booted() {
             .await?;
         Guest::new(guest)?.report().await?;
         refused(machine.restore(&saved, None).await, "booted before");
+        Ok(())
+    });
+}
+
+/// Devices take their state over, the agent's connection with it, before they find empty memory.
+#[test]
+fn a_restore_that_fails_late_leaves_the_agents_socket_for_a_boot() {
+    run(async {
+        let saved = saved_probe().await?;
+        let empty = Saved {
+            memory: machine::scratch_file()?,
+            state: saved.state.try_clone()?,
+        };
+        empty.memory.set_len(saved.memory.metadata()?.len())?;
+        let mut machine = Machine::spawn()?;
+        let (agent, theirs) = UnixStream::pair()?;
+        refused(machine.restore_with(&theirs, &empty, None).await, "queue");
+        let (kernel, initrd) = (Path::new(KERNEL), probe_initrd());
+        machine
+            .boot_with(&theirs, kernel, &initrd, MEMORY_MIB, 1, "husk_probe=serve")
+            .await?;
+        drop(theirs);
+        Guest::new(agent)?.report().await?;
         Ok(())
     });
 }

@@ -50,19 +50,14 @@ impl VirtioDevice for Rng {
             queue: QUEUE,
             cause,
         };
-        loop {
-            while let Some(chain) = queue.pop(ram).map_err(failed)? {
-                let mut random = [0; ANSWER_MAX];
-                let wanted = total(&chain.writable).min(ANSWER_MAX);
-                let random = random_bytes(&mut random, wanted)?;
-                let (target, _) = split(&chain.writable, random.len()).map_err(failed)?;
-                fill(&target, random);
-                let (head, written) = (chain.head(), random.len());
-                queue.push(ram, head, written).map_err(failed)?;
-            }
-            if !queue.arm(ram).map_err(failed)? {
-                break;
-            }
+        while let Some(chain) = queue.pop_or_arm(ram).map_err(failed)? {
+            let mut random = [0; ANSWER_MAX];
+            let wanted = total(&chain.writable).min(ANSWER_MAX);
+            let random = random_bytes(&mut random, wanted)?;
+            let (target, _) = split(&chain.writable, random.len()).map_err(failed)?;
+            fill(&target, random);
+            let (head, written) = (chain.head(), random.len());
+            queue.push(ram, head, written).map_err(failed)?;
         }
         queue.signal(ram).map_err(failed)
     }

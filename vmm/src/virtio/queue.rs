@@ -157,6 +157,14 @@ impl Queue {
         Ok(self.ring.enable_notification(ram)?)
     }
 
+    /// The next chain that the driver offers, or none: then the doorbell rings for it.
+    pub fn pop_or_arm<'m>(&mut self, ram: &'m GuestRam) -> Result<Option<Chain<'m>>, QueueError> {
+        match self.pop(ram)? {
+            None if self.arm(ram)? => self.pop(ram),
+            popped => Ok(popped),
+        }
+    }
+
     /// Asks for no doorbell until [`Self::arm`].
     pub fn disarm(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
         Ok(self.ring.disable_notification(ram)?)

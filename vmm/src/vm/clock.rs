@@ -1,7 +1,10 @@
 //! The guest's time: it stands still from Save to Restore, and never goes backwards.
 //!
-//! Two clocks go on from where they were: KVM's clock for guests, and the time stamp counter. All
-//! vCPUs get the same offset to the host's counter, set as such: a counter written as an MSR within
+//! Two clocks go on from where they were: KVM's clock for guests, and the time stamp counter. They go
+//! on together, for the guest watches one by the other, and gives the counter up when they drift apart.
+//! So both are read at one moment, and what the counter has run since it was set is added to the clock.
+//!
+//! All vCPUs get the same offset to the host's counter, set as such: a counter written as an MSR within
 //! a second of its vCPU's creation is taken by KVM for the attempt to write what is there already
 //! (Linux `arch/x86/kvm/x86.c`, `kvm_synchronize_tsc`), and most templates are younger than that.
 
@@ -22,19 +25,30 @@ ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 /// corrects for in the guest, halved.
 const TOLERANCE_PPM: u64 = 250;
 
-/// Reads the clocks of a machine whose vCPUs were saved as `vcpus`. None of them runs.
-pub(super) fn save(
-    vm: &VmFd,
-    tsc_khz: u32,
-    tscs: impl IntoIterator<Item = u64>,
-) -> Result<state::Clock, KvmError> {
-    let clock = vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?;
-    Ok(state::Clock {
-        kvmclock_ns: clock.clock,
-        tsc: tscs.into_iter().max().unwrap_or(0),
-        tsc_khz,
+/// How often both clocks are read. The quickest time counts: waiting between the two sets them apart.
+const LOOKS: u32 = 4;
+/// How often KVM's clock is set at most, and how quick is quick enough.
+const ATTEMPTS: u32 = 4;
+const AT_ONCE_NS: u64 = 200_000;
+
+/// Reads both clocks of a vCPU that does not run, as of one moment.
+pub(super) fn save(vm: &VmFd, vcpu: &VcpuFd) -> Result<state::Clock, KvmError> {
+    let mut shortest = u64::MAX;
+    let mut clock = state::Clock {
+        tsc_khz: tsc_khz(vcpu),
         ..Default::default()
-    })
+    };
+    for _ in 0..LOOKS {
+        let before = read_tsc(vcpu)?;
+        let read = vm.get_clock().map_err(KvmError::of("KVM_GET_CLOCK"))?;
+        let took = read_tsc(vcpu)?.saturating_sub(before);
+        if took < shortest {
+            shortest = took;
+            clock.kvmclock_ns = read.clock;
+            clock.tsc = before.saturating_add(took / 2);
+        }
+    }
+    Ok(clock)
 }
 
 /// The frequency of the guest's counter; 0 when the host does not know.
@@ -90,13 +104,35 @@ pub(super) fn restore_tsc<'v>(
     Ok(())
 }
 
-/// Lets KVM's clock go on from where it was. Behind the counters, which it is derived from.
-pub(super) fn restore_kvmclock(vm: &VmFd, saved: &state::Clock) -> Result<(), KvmError> {
-    let clock = kvm_clock_data {
-        clock: saved.kvmclock_ns,
-        ..Default::default()
-    };
-    vm.set_clock(&clock).map_err(KvmError::of("KVM_SET_CLOCK"))
+/// Lets KVM's clock go on from where it was, as far as the counter of `vcpu` has by now. Behind the
+/// counters, which it is derived from.
+pub(super) fn restore_kvmclock(
+    vm: &VmFd,
+    vcpu: &VcpuFd,
+    saved: &state::Clock,
+) -> Result<(), KvmError> {
+    let khz = tsc_khz(vcpu);
+    for _ in 0..ATTEMPTS {
+        let now = read_tsc(vcpu)?;
+        let passed = nanoseconds(now.saturating_sub(saved.tsc), khz);
+        let clock = kvm_clock_data {
+            clock: saved.kvmclock_ns.saturating_add(passed),
+            ..Default::default()
+        };
+        vm.set_clock(&clock)
+            .map_err(KvmError::of("KVM_SET_CLOCK"))?;
+        let took = read_tsc(vcpu)?.saturating_sub(now);
+        if nanoseconds(took, khz) <= AT_ONCE_NS {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// How long a counter of so many kHz takes for `ticks`; 0 when nobody knows.
+fn nanoseconds(ticks: u64, khz: u32) -> u64 {
+    let nanoseconds = (u128::from(ticks) * 1_000_000).checked_div(khz.into());
+    nanoseconds.map_or(0, |ns| u64::try_from(ns).unwrap_or(u64::MAX))
 }
 
 fn read_tsc(vcpu: &VcpuFd) -> Result<u64, KvmError> {
@@ -144,6 +180,13 @@ fn answered(call: &'static str, result: libc::c_int) -> Result<(), KvmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ticks_are_nanoseconds_by_frequency() {
+        assert_eq!(nanoseconds(2_500_000, 2_500_000), 1_000_000);
+        assert_eq!(nanoseconds(1, 0), 0);
+        assert_eq!(nanoseconds(u64::MAX, 1), u64::MAX);
+    }
 
     #[test]
     fn frequencies_within_tolerance_are_one() {

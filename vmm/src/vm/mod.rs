@@ -281,7 +281,7 @@ impl Chassis {
         })
     }
 
-    /// Lets the vCPUs run.
+    /// Lets the vCPUs run. On an error none has, and no device works on.
     fn start(self, vcpus: Vec<Vcpu>) -> Result<Vm, BuildError> {
         let coalesced = coalesce(&self.fd, vcpus.first().map(|vcpu| &vcpu.fd))?;
         let pci = Arc::new(Mutex::new(self.pci));
@@ -294,10 +294,15 @@ impl Chassis {
             },
             coalesced,
         };
+        let vcpus = Vcpus::start(vcpus, bus, self.ending.clone());
+        if vcpus.is_err() {
+            // The threads of vCPUs that there are hold on to them yet.
+            pci.lock().unwrap_or_else(PoisonError::into_inner).stop();
+        }
         Ok(Vm {
             kvm: self.kvm,
             fd: self.fd,
-            vcpus: Vcpus::start(vcpus, bus, self.ending.clone())?,
+            vcpus: vcpus?,
             pci,
             console: self.console,
             dialer: self.dialer,

@@ -144,7 +144,10 @@ impl Vm {
         if let (Some(pages), Some(first)) = (config.pages, vcpus.first()) {
             prefetch(&chassis, &first.fd, &pages);
         }
-        clock::restore_kvmclock(&chassis.fd, clocks).map_err(RestoreError::Refused)?;
+        if let Some(first) = vcpus.first() {
+            clock::restore_kvmclock(&chassis.fd, &first.fd, clocks)
+                .map_err(RestoreError::Refused)?;
+        }
         if let Err(e) = chassis.pci.start() {
             chassis.pci.stop();
             return Err(BuildError::from(e).into());

@@ -1,5 +1,5 @@
 //! Writes a paused machine down: devices first, since they may still raise an interrupt; then the
-//! vCPUs, the clocks, and memory, which by then nobody changes.
+//! vCPUs, each with the clocks as it shows them, and memory, which by then nobody changes.
 //!
 //! All of it happens on the caller's thread, and nothing else may be asked of the machine meanwhile.
 
@@ -12,7 +12,7 @@ use std::{
 
 use super::{
     KvmError, Vm, clock,
-    vcpu_state::{self, MSR_IA32_TSC, Shape},
+    vcpu_state::{self, Shape},
 };
 use crate::{
     memory::image,
@@ -72,17 +72,16 @@ impl Vm {
     fn save_stopped(&self, pci: &mut PciBus, memory: &File, state: &File) -> Result<(), SaveError> {
         let bus = pci.save()?;
         let shape = Arc::new(Shape::of_host(&self.kvm, &self.fd)?);
+        let vm = Arc::clone(&self.fd);
         let read = move |vcpu: &super::Vcpu| {
             let saved = vcpu_state::save(&vcpu.fd, &vcpu.cpuid, &shape)?;
-            Ok((saved, clock::tsc_khz(&vcpu.fd)))
+            Ok((saved, clock::save(&vm, &vcpu.fd)?))
         };
         let read = self.vcpus.on_each(read).ok_or(SaveError::Stuck)?;
         let read = read.into_iter().collect::<Result<Vec<_>, KvmError>>()?;
-        let tsc_khz = read.first().map_or(0, |(_, khz)| *khz);
-        let vcpus: Vec<state::Vcpu> = read.into_iter().map(|(vcpu, _)| vcpu).collect();
-        let tscs = vcpus.iter().map(|vcpu| vcpu_state::msr(vcpu, MSR_IA32_TSC));
-        let tscs: Vec<Option<u64>> = tscs.collect::<Result<_, _>>()?;
-        let clock = clock::save(&self.fd, tsc_khz, tscs.into_iter().flatten())?;
+        let (vcpus, clocks): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+        // No vCPU has seen a later one.
+        let clock = clocks.into_iter().max_by_key(|clock| clock.tsc);
         let console = self.console.lock().unwrap_or_else(PoisonError::into_inner);
         let console = console.save();
         let data = image::write(&self.ram, memory)?;
@@ -90,7 +89,7 @@ impl Vm {
             husk: state::HUSK.to_owned(),
             memory_bytes: image::length(&self.ram),
             data: data.into_iter().map(Into::into).collect(),
-            clock: Some(clock).into(),
+            clock: clock.into(),
             vcpus,
             bus: Some(bus).into(),
             console: Some(console).into(),

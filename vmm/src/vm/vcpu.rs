@@ -106,7 +106,7 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU; they run the guest at once.
+    /// Starts a thread for each vCPU; they run the guest once all are there.
     pub(super) fn start(vcpus: Vec<Vcpu>, bus: GuestBus, ending: Ending) -> Result<Self, KvmError> {
         install_kick_handler().map_err(|cause| KvmError {
             call: "sigaction",
@@ -114,11 +114,11 @@ impl Vcpus {
         })?;
         let shared = Arc::new(Shared {
             orders: Mutex::new(Orders {
-                gate: Gate::Run,
+                gate: Gate::Pause,
                 errands: vcpus.iter().map(|_| None).collect(),
             }),
             gate_changed: Condvar::new(),
-            glance: AtomicU8::new(Gate::Run as u8),
+            glance: AtomicU8::new(Gate::Pause as u8),
             running: watch::Sender::new(0),
             exits: Exits::default(),
             bus,
@@ -146,6 +146,7 @@ impl Vcpus {
                 }
             }
         }
+        started.set_gate(Gate::Run);
         Ok(started)
     }
 

@@ -129,15 +129,6 @@ fn keep_timer(msrs: &mut [kvm_msr_entry]) {
     }
 }
 
-/// The value of MSR `index` in a saved vCPU.
-pub(super) fn msr(saved: &state::Vcpu, index: u32) -> Result<Option<u64>, StateError> {
-    let msrs: Vec<kvm_msr_entry> = plain::many(&saved.msrs, "a vCPU's MSRs")?;
-    Ok(msrs
-        .iter()
-        .find(|msr| msr.index == index)
-        .map(|msr| msr.data))
-}
-
 /// The CPUID that a saved vCPU was given.
 pub(super) fn cpuid(saved: &state::Vcpu) -> Result<CpuId, StateError> {
     let wrong = "a vCPU's CPUID";

@@ -216,6 +216,11 @@ impl Connection {
         }
     }
 
+    /// Drops it, and leaves its socket to others.
+    pub(super) fn leave(self) {
+        self.socket.leave();
+    }
+
     pub(super) fn descriptor(&self) -> libc::c_int {
         self.socket.as_raw_fd()
     }

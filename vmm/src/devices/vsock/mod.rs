@@ -137,6 +137,17 @@ impl Vsock {
     }
 }
 
+impl Drop for Vsock {
+    /// A machine that ran keeps its devices until the process ends. So this one never ran, and another
+    /// one may be booted with the same agent's socket.
+    fn drop(&mut self) {
+        self.stop();
+        if let State::Inactive(muxer) = &mut self.state {
+            muxer.leave();
+        }
+    }
+}
+
 impl VirtioDevice for Vsock {
     fn kind(&self) -> Kind {
         Kind {
@@ -340,11 +351,8 @@ impl Thread {
                 more = false;
                 break;
             }
-            let Some(mut chain) = queue.pop(ram).map_err(failed)? else {
-                more = queue.arm(ram).map_err(failed)?;
-                if more {
-                    continue;
-                }
+            let Some(mut chain) = queue.pop_or_arm(ram).map_err(failed)? else {
+                more = false;
                 break;
             };
             let header = Header::from_bytes(&chain.read_header::<HEADER_SIZE>().map_err(failed)?);
@@ -374,12 +382,8 @@ impl Thread {
                 more = true;
                 break;
             }
-            let Some(mut chain) = queue.pop(ram).map_err(failed)? else {
+            let Some(mut chain) = queue.pop_or_arm(ram).map_err(failed)? else {
                 // The guest rings when it has room again.
-                more = queue.arm(ram).map_err(failed)?;
-                if more {
-                    continue;
-                }
                 break;
             };
             let room = chain.take_writable(HEADER_SIZE).map_err(failed)?;

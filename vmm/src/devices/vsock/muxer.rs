@@ -201,6 +201,14 @@ impl Muxer {
         self.burst = 0;
     }
 
+    /// Drops every connection, and leaves the sockets to others.
+    pub(super) fn leave(&mut self) {
+        for connection in self.places.drain(..).flatten() {
+            connection.leave();
+        }
+        self.reset();
+    }
+
     fn has_packet_at(&self, place: usize) -> bool {
         matches!(self.places.get(place), Some(Some(connection)) if connection.has_packet())
     }

@@ -45,13 +45,13 @@ impl Muxer {
         if !saved.dialled {
             return Ok(());
         }
+        let agent = saved.agent.as_ref();
+        if agent.is_some_and(|agent| agent.host_port != AGENT_PORT) {
+            return Err(StateError::Content("a connection that is not the agent's"));
+        }
         // Without a connection any more the socket is closed here, as it was there.
-        let socket = self.take_agent().map(HostSocket::new);
-        if let (Some(socket), Some(agent)) = (socket, saved.agent.as_ref()) {
-            if agent.host_port != AGENT_PORT {
-                return Err(StateError::Content("a connection that is not the agent's"));
-            }
-            self.add(Connection::restore(socket, agent));
+        if let (Some(socket), Some(agent)) = (self.take_agent(), agent) {
+            self.add(Connection::restore(HostSocket::new(socket), agent));
         }
         Ok(())
     }

@@ -14,8 +14,12 @@ const IOVECS_MAX: usize = 64;
 const DISCARD: usize = 16 << 10;
 const DISCARD_READS: usize = 64;
 
-/// A connected stream socket. Dropping it closes it.
-pub(super) struct HostSocket(OwnedFd);
+/// A connected stream socket. Dropping it ends the connection, whoever else has the socket.
+pub(super) struct HostSocket {
+    fd: OwnedFd,
+    /// Others go on with the socket: only this descriptor is closed.
+    left: bool,
+}
 
 /// What came of reading or writing a socket.
 #[derive(Debug, PartialEq, Eq)]
@@ -30,7 +34,12 @@ pub(super) enum Transfer {
 
 impl HostSocket {
     pub(super) fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+        Self { fd, left: false }
+    }
+
+    /// Closes this descriptor and does nothing to the connection.
+    pub(super) fn leave(mut self) {
+        self.left = true;
     }
 
     /// Fills `target` with what the host has sent.
@@ -56,7 +65,7 @@ impl HostSocket {
         // SAFETY: pointer and length are those of `bytes`.
         let sent = unsafe {
             libc::send(
-                self.0.as_raw_fd(),
+                self.fd.as_raw_fd(),
                 bytes.as_ptr().cast(),
                 bytes.len(),
                 flags,
@@ -70,7 +79,7 @@ impl HostSocket {
         let mut byte = 0u8;
         let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
         // SAFETY: room for the one byte asked for.
-        let peeked = unsafe { libc::recv(self.0.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
+        let peeked = unsafe { libc::recv(self.fd.as_raw_fd(), (&raw mut byte).cast(), 1, flags) };
         outcome(peeked)
     }
 
@@ -95,7 +104,7 @@ impl HostSocket {
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = iovecs.as_mut_ptr();
         message.msg_iovlen = iovecs.len();
-        outcome(call(self.0.as_raw_fd(), &mut message))
+        outcome(call(self.fd.as_raw_fd(), &mut message))
     }
 
     /// The guest takes no more: writers on the host get EPIPE.
@@ -110,13 +119,13 @@ impl HostSocket {
 
     fn shutdown(&self, how: libc::c_int) {
         // SAFETY: no pointers. An error says that the other end is gone, which shows elsewhere.
-        unsafe { libc::shutdown(self.0.as_raw_fd(), how) };
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), how) };
     }
 }
 
 impl AsRawFd for HostSocket {
     fn as_raw_fd(&self) -> libc::c_int {
-        self.0.as_raw_fd()
+        self.fd.as_raw_fd()
     }
 }
 
@@ -124,6 +133,9 @@ impl Drop for HostSocket {
     /// A Unix socket closed with unread data gives its peer ECONNRESET instead of end of file, so
     /// what the guest never took is taken here. Nothing can follow it after the shutdown.
     fn drop(&mut self) {
+        if self.left {
+            return;
+        }
         self.shutdown(libc::SHUT_RDWR);
         let mut scratch = [0u8; DISCARD];
         for _ in 0..DISCARD_READS {
@@ -131,7 +143,7 @@ impl Drop for HostSocket {
             // SAFETY: pointer and length are those of `scratch`.
             let got = unsafe {
                 libc::recv(
-                    self.0.as_raw_fd(),
+                    self.fd.as_raw_fd(),
                     scratch.as_mut_ptr().cast(),
                     scratch.len(),
                     flags,

@@ -8,10 +8,11 @@ use std::{
 };
 
 use husk_proto::{AGENT_PORT, GUEST_CID, HOST_CID};
+use protobuf::Message;
 use vmm_sys_util::{epoll::EpollEvent, eventfd::EventFd};
 
 use super::{
-    Doorway, Thread,
+    Doorway, Thread, Vsock,
     connection::BUFFER,
     muxer::Muxer,
     packet::{
@@ -22,9 +23,10 @@ use super::{
 use crate::{
     memory::{Bytes, GuestAddress, GuestMemoryAccess, GuestRam, VolatileSlice},
     virtio::{
-        DeviceError,
+        Activation, DeviceError, VirtioDevice,
         queue::testing::{BUFFERS, NEXT, WRITE, offer, queue, ram},
     },
+    vm::ending::Ending,
 };
 
 const PORT: u32 = 1025;
@@ -465,6 +467,44 @@ fn a_guest_that_has_not_dialled_yet_dials_the_clones_host() {
     assert_eq!(clone.receive_ops(), [(OP_RESPONSE, 0)]);
     clone.send(AGENT_PORT, OP_RW, 0, b"hello");
     assert_eq!(read_all(&mut clone.agent), b"hello");
+}
+
+/// A clone of a guest whose agent is connected, with the host's end of its agent's socket and a duplicate
+/// of its own.
+fn clone_of_connected() -> (Vsock, UnixStream, UnixStream) {
+    let mut guest = Guest::new();
+    guest.send(AGENT_PORT, OP_REQUEST, 0, b"");
+    let saved = guest.muxer.save().unwrap();
+    assert!(saved.agent.is_some());
+    let (host, agent) = UnixStream::pair().unwrap();
+    let kept = agent.try_clone().unwrap();
+    let (mut clone, _) = Vsock::new(agent.into(), Ending::default()).unwrap();
+    clone.restore(&saved.write_to_bytes().unwrap()).unwrap();
+    (clone, host, kept)
+}
+
+#[test]
+fn a_clone_that_never_runs_leaves_the_agents_socket_as_it_was() {
+    let (clone, mut host, mut kept) = clone_of_connected();
+    drop(clone);
+    assert!(!at_end(&mut host));
+    host.write_all(b"to the next").unwrap();
+    assert_eq!(read_all(&mut kept), b"to the next");
+
+    // Nor does it matter how far it came.
+    let (mut clone, mut host, mut kept) = clone_of_connected();
+    let ram = ram();
+    let queues = [0, 0x1_0000, 0x2_0000].map(|start| queue(&ram, start).1);
+    let activation = Activation {
+        ram: ram.clone(),
+        queues: queues.into(),
+        features: 0,
+    };
+    clone.activate(activation).unwrap();
+    drop(clone);
+    assert!(!at_end(&mut host));
+    host.write_all(b"to the next").unwrap();
+    assert_eq!(read_all(&mut kept), b"to the next");
 }
 
 #[test]

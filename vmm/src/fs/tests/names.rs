@@ -5,6 +5,11 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
 use super::*;
 
+/// Whose it is, by user and group, and its mode without the type.
+fn owner_and_mode(EntryOut { attr, .. }: &EntryOut) -> (u32, u32, u32) {
+    (attr.uid, attr.gid, attr.mode & 0o7777)
+}
+
 #[test]
 fn what_the_caller_makes_belongs_to_the_caller() {
     let host = Host::new();
@@ -19,10 +24,7 @@ fn what_the_caller_makes_belongs_to_the_caller() {
     let (file, _) = user
         .create(host.root, "file", libc::O_RDWR, (0o666, 0o022))
         .unwrap();
-    assert_eq!(
-        (file.attr.uid, file.attr.gid, file.attr.mode & 0o7777),
-        (1234, 5678, 0o644)
-    );
+    assert_eq!(owner_and_mode(&file), (1234, 5678, 0o644));
     let link = user.symlink(host.root, "link", "/etc/passwd").unwrap();
     assert_eq!(
         (link.attr.uid, link.attr.mode),
@@ -30,10 +32,7 @@ fn what_the_caller_makes_belongs_to_the_caller() {
     );
     // And the thread is itself again.
     let root = host.client().mkdir(host.root, "root", 0o777, 0).unwrap();
-    assert_eq!(
-        (root.attr.uid, root.attr.gid, root.attr.mode & 0o7777),
-        (0, 0, 0o777)
-    );
+    assert_eq!(owner_and_mode(&root), (0, 0, 0o777));
 }
 
 #[test]
@@ -52,10 +51,7 @@ fn a_failed_creation_leaves_the_thread_as_it_was() {
         libc::EPERM
     );
     let made = host.client().mkdir(host.root, "mine", 0o777, 0).unwrap();
-    assert_eq!(
-        (made.attr.uid, made.attr.gid, made.attr.mode & 0o7777),
-        (0, 0, 0o777)
-    );
+    assert_eq!(owner_and_mode(&made), (0, 0, 0o777));
 }
 
 #[test]
@@ -65,10 +61,7 @@ fn a_setgid_directory_hands_its_group_down() {
     fs::set_permissions(&host.dir, fs::Permissions::from_mode(0o2777)).unwrap();
     let user = host.user(1000, 1000);
     let dir = user.mkdir(host.root, "dir", 0o755, 0).unwrap();
-    assert_eq!(
-        (dir.attr.uid, dir.attr.gid, dir.attr.mode & 0o7777),
-        (1000, 77, 0o2755)
-    );
+    assert_eq!(owner_and_mode(&dir), (1000, 77, 0o2755));
     // The guest's kernel has dropped set-gid where the caller is not in the group, and knows the
     // caller's groups; the host must leave it where it is still set.
     let (file, _) = user

@@ -18,13 +18,7 @@ pub struct Settings {
 impl Settings {
     #[track_caller]
     pub fn write(text: &str) -> Self {
-        let before = match fs::read(FILE) {
-            Ok(bytes) => Some(bytes),
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(error) => panic!("read {FILE}: {error}"),
-        };
-        let directory = Path::new(FILE).parent().expect("absolute");
-        fs::create_dir_all(directory).expect("create /etc/husk");
+        let before = present();
         let mut settings = text.to_owned();
         let lab = String::from_utf8_lossy(before.as_deref().unwrap_or_default());
         for line in lab.lines() {
@@ -34,9 +28,33 @@ impl Settings {
                 settings.push('\n');
             }
         }
-        fs::write(FILE, settings).expect("write /etc/husk/config.toml");
+        replace(&settings);
         Settings { before }
     }
+
+    /// Nothing but `text`, whatever was there before.
+    #[track_caller]
+    pub fn only(text: &str) -> Self {
+        let before = present();
+        replace(text);
+        Settings { before }
+    }
+}
+
+#[track_caller]
+fn present() -> Option<Vec<u8>> {
+    match fs::read(FILE) {
+        Ok(bytes) => Some(bytes),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => panic!("read {FILE}: {error}"),
+    }
+}
+
+#[track_caller]
+fn replace(settings: &str) {
+    let directory = Path::new(FILE).parent().expect("absolute");
+    fs::create_dir_all(directory).expect("create /etc/husk");
+    fs::write(FILE, settings).expect("write /etc/husk/config.toml");
 }
 
 impl Drop for Settings {

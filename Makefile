@@ -13,7 +13,7 @@ LAB := CARGO=$(CARGO) $(TARGET)/x86_64-unknown-linux-gnu/debug/husk-lab
 
 # Two targets at once would both install packages; cargo and the kernel's build use all processors anyway.
 .NOTPARALLEL:
-.PHONY: all build binaries kernel initrd lab demo test test-clones test-long unit lint bench install clean husk-lab husk-bench
+.PHONY: all build binaries kernel initrd lab demo test test-long unit lint bench install clean husk-lab husk-bench
 
 all: build
 
@@ -67,13 +67,9 @@ lint:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 
-## test-clones: the tests of clones, and those of pods with pods that start as clones
-test-clones: build husk-lab
-	$(LAB) test --clones $(or $(TESTS),clone)
-
 ## test-long: the tests that take longer than `make test` may, about an hour in software
 test-long: build husk-lab
-	$(LAB) test --clones --ignored --limit 3600 --timeout 10800 $(TESTS)
+	$(LAB) test --ignored --limit 3600 --timeout 10800 $(TESTS)
 
 ## bench: husk beside runc in virtual time, into target/bench/report.json
 bench: build husk-bench

@@ -138,8 +138,7 @@ impl Config {
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),
             log_level: None,
-            // Until clones are known to be as sound as pods that boot (README).
-            templates: Sharing::Off,
+            templates: Sharing::Namespace,
             template_dir: TEMPLATES.into(),
             template_space_mib: TEMPLATE_SPACE_MIB,
         }
@@ -300,6 +299,7 @@ mod tests {
         let config = load(None, "").unwrap();
         assert_eq!((config.memory_mib, config.vcpus), (256, 1));
         assert_eq!(config.agent_timeout, Duration::from_secs(10));
+        assert_eq!(config.templates, Sharing::Namespace);
         assert!(config.kernel.ends_with("lib/husk/vmlinux"));
     }
 

@@ -36,7 +36,7 @@ options:
   --cpus N          processors of the lab [2]
   --timeout SECS    give the whole run up after so much wall time [run: 900, test: 3000]
   --limit SECS      lab time that one test may take [600]
-  --clones          also the tests of clones, and those of pods with clones
+  --cold            no tests of clones, and none of pods with clones
   --ignored         the tests that are ignored otherwise, and no others: they take long
   --virtual-time    the clock counts instructions (as in bench)
   --no-containerd   do not start containerd
@@ -58,7 +58,7 @@ struct Options {
     containerd: bool,
     stock_qemu: bool,
     ignored: bool,
-    clones: bool,
+    cold: bool,
     words: Vec<String>,
 }
 
@@ -110,7 +110,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         containerd: true,
         stock_qemu: std::env::var_os("HUSK_STOCK_QEMU").is_some(),
         ignored: false,
-        clones: false,
+        cold: false,
         words: Vec::new(),
     };
     while let Some(arg) = args.next() {
@@ -136,7 +136,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--virtual-time" => options.clock = Clock::Virtual,
             "--no-containerd" => options.containerd = false,
             "--ignored" => options.ignored = true,
-            "--clones" => options.clones = true,
+            "--cold" => options.cold = true,
             "--stock-qemu" => options.stock_qemu = true,
             "--" => options.words.extend(args.by_ref()),
             _ if arg.starts_with('-') => bail!("unknown option {arg}\n{USAGE}"),

@@ -38,8 +38,8 @@ pub fn run(options: &Options) -> Result<u8> {
     let mut cases = Vec::new();
     for clones in [false, true] {
         for (target, binary) in &binaries {
-            let twice = !WITHOUT_CLONES.contains(&target.as_str());
-            if clones && !(options.clones && twice) || target == "clones" && !options.clones {
+            let once = WITHOUT_CLONES.contains(&target.as_str());
+            if clones && (options.cold || once) || target == "clones" && options.cold {
                 continue;
             }
             let ignored = list(binary, true)?;

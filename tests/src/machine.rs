@@ -23,8 +23,8 @@ use husk_proto::{
     agent::HelloRequest,
     agent_ttrpc::AgentClient,
     machine::{
-        BootRequest, PauseRequest, RestoreRequest, ResumeRequest, SaveRequest, StatusRequest,
-        StatusResponse, StopRequest, WaitRequest, WaitResponse,
+        BootRequest, PauseRequest, RestoreRequest, RestoreResponse, ResumeRequest, SaveRequest,
+        StatusRequest, StatusResponse, StopRequest, WaitRequest, WaitResponse,
     },
     machine_ttrpc::MachineClient,
 };
@@ -168,6 +168,8 @@ pub struct Machine {
     client: MachineClient,
     descriptors: OwnedFd,
     next_token: u64,
+    /// vCPUs that what is restored from this machine may have, for [`Machine::boot`]; 0: as many as it has.
+    pub possible_vcpus: u32,
 }
 
 impl Machine {
@@ -211,6 +213,7 @@ impl Machine {
             client: MachineClient::new(connect(ours)?),
             descriptors,
             next_token: 1,
+            possible_vcpus: 0,
         })
     }
 
@@ -266,6 +269,7 @@ impl Machine {
             agent_fd: self.pass(theirs)?,
             memory_bytes: memory_mib << 20,
             vcpus,
+            possible_vcpus: self.possible_vcpus,
             cmdline: cmdline.to_owned(),
             ..Default::default()
         };
@@ -278,6 +282,21 @@ impl Machine {
     /// # Errors
     /// What the VMM answers.
     pub async fn restore(&mut self, saved: &Saved, pages: Option<&File>) -> Result<UnixStream> {
+        let (agent, _) = self.restore_as(saved, pages, 0, 0).await?;
+        Ok(agent)
+    }
+
+    /// The same with so much memory and so many vCPUs, or with 0 as many as were saved.
+    ///
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn restore_as(
+        &mut self,
+        saved: &Saved,
+        pages: Option<&File>,
+        memory_mib: u64,
+        vcpus: u32,
+    ) -> Result<(UnixStream, RestoreResponse)> {
         let kvm = kvm()?;
         let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
         let request = RestoreRequest {
@@ -286,10 +305,12 @@ impl Machine {
             state_fd: self.pass(&saved.state)?,
             agent_fd: self.pass(theirs)?,
             pages_fd: pages.map_or(Ok(0), |pages| self.pass(pages))?,
+            memory_bytes: memory_mib << 20,
+            vcpus,
             ..Default::default()
         };
-        self.client.restore(patience(), &request).await?;
-        Ok(agent)
+        let restored = self.client.restore(patience(), &request).await?;
+        Ok((agent, restored))
     }
 
     /// Saves the machine, which must be paused, to files on the lab's disk.

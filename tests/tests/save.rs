@@ -341,10 +341,9 @@ async fn saved_template() -> Result<Saved> {
         .boot(Path::new(KERNEL), Path::new(INITRD), 256, 1, "")
         .await?;
     let agent = machine::hello(agent).await?;
-    let prepared = agent.prepare(machine::patience(), &PrepareRequest::default());
-    prepared.await?;
-    let saved = save_and_stop(machine).await?;
-    Ok(saved)
+    let request = PrepareRequest::default();
+    agent.prepare(machine::patience(), &request).await?;
+    save_and_stop(machine).await
 }
 
 #[test]

@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use crate::container::{Container, Ground};
 use crate::fault::Fault;
+use crate::grow::{self, Size};
 use crate::rehearsal;
 use crate::spec::{self, Spec};
 
@@ -129,6 +130,19 @@ impl Pod {
             self.prepared.set(true);
         }
         Ok(())
+    }
+
+    /// Takes what the guest has beyond its template into use. Containers are made with what there is, so
+    /// there must be none yet.
+    pub async fn grow(&self, size: Size) -> Result<(), Fault> {
+        if !self.containers.borrow().is_empty() {
+            return Err(Fault::State("the guest has containers already".into()));
+        }
+        self.be_prepared()?;
+        let growing = tokio::task::spawn_blocking(move || grow::grow(size));
+        growing
+            .await
+            .map_err(|error| Fault::Broken(format!("grow: {error}")))?
     }
 
     /// Does ahead what every container of every clone of this guest needs. Nobody hears of it. With

@@ -13,6 +13,7 @@ use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::events::Events;
 use crate::fault::Fault;
+use crate::grow::Size;
 use crate::identity;
 use crate::pod::Door;
 use crate::spec;
@@ -38,6 +39,18 @@ impl Agent for Service {
                 .into_owned(),
             ..HelloResponse::default()
         })
+    }
+
+    async fn grow(&self, _: &TtrpcContext, request: GrowRequest) -> Answer<GrowResponse> {
+        let size = Size {
+            memory_start: request.memory_start,
+            memory_bytes: request.memory_bytes,
+            vcpus: request.vcpus,
+        };
+        self.door
+            .ask(move |pod| async move { pod.grow(size).await })
+            .await?;
+        Ok(GrowResponse::default())
     }
 
     async fn prepare(&self, _: &TtrpcContext, request: PrepareRequest) -> Answer<PrepareResponse> {

@@ -15,6 +15,8 @@ use crate::options::Options;
 
 /// The file for all pods of the host. It need not exist.
 pub const CONFIG: &str = "/etc/husk/config.toml";
+/// A pod's memory where nobody says otherwise, MiB.
+pub const DEFAULT_MEMORY_MIB: u64 = 256;
 /// The least memory that the guest's kernel is known to boot in, MiB.
 const MEMORY_MIB_MIN: u64 = 64;
 /// As much as fits below the guest-physical addresses every CPU has (36 bits), MiB.
@@ -133,7 +135,7 @@ impl Config {
             vmm: library.join("husk-vmm"),
             kernel: library.join("vmlinux"),
             initrd: library.join("initrd.img"),
-            memory_mib: 256,
+            memory_mib: DEFAULT_MEMORY_MIB,
             vcpus: 1,
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),

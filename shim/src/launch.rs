@@ -15,11 +15,11 @@ use tokio::{sync::mpsc, time::timeout};
 use crate::{
     config::Config,
     fault::Fault,
-    machine::{BootImage, RestoreError, SavedImage},
+    machine::{Added, BootImage, RestoreError, SavedImage},
     spec::Network,
     templates::{Ingredients, Key, Scope, Store, Template, background, store::Identity},
     timeline::Timeline,
-    vm::{GuestEvent, Vm, unanswered},
+    vm::{Growth, GuestEvent, Vm, unanswered},
 };
 
 /// A clone gets this part of `agent_timeout`, so that there is as much left for booting after all.
@@ -69,9 +69,9 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
         return Ok(launched(vm, events));
     };
     let why = match restore(setup, &vm, &kvm, &agent, &template).await {
-        Ok(()) => {
+        Ok(added) => {
             drop(agent);
-            match greet_clone(setup, &vm, &template).await {
+            match greet_clone(setup, &vm, &template, added).await {
                 Ok(events) => return Ok(launched(vm, events)),
                 Err(why) => why,
             }
@@ -134,20 +134,22 @@ async fn restore(
     kvm: &OwnedFd,
     agent: &OwnedFd,
     template: &Template,
-) -> Result<(), Fault> {
+) -> Result<Added, Fault> {
     let image = SavedImage {
         kvm: kvm.as_fd(),
         memory: template.memory.as_fd(),
         state: template.state.as_fd(),
         pages: template.pages.as_ref().map(AsFd::as_fd),
         agent: agent.as_fd(),
+        memory_bytes: setup.config.memory_mib << 20,
+        vcpus: setup.config.vcpus,
     };
     let limit = setup.config.agent_timeout / CLONES_SHARE;
     match timeout(limit, vm.machine.restore(image)).await {
-        Ok(Ok(())) => {
+        Ok(Ok(added)) => {
             vm.booting();
             setup.timeline.mark("restored");
-            Ok(())
+            Ok(added)
         }
         Ok(Err(e)) => {
             // A host that is short of something now may well run it later.
@@ -170,9 +172,11 @@ async fn greet_clone(
     setup: &Setup,
     vm: &Arc<Vm>,
     template: &Template,
+    added: Added,
 ) -> Result<mpsc::Receiver<GuestEvent>, Fault> {
     let limit = setup.config.agent_timeout / CLONES_SHARE;
-    let events = vm.bring_up(limit, setup.timeline.clone());
+    let growth = Growth::of_clone(&setup.config, added);
+    let events = vm.bring_up(limit, setup.timeline.clone(), growth);
     match vm.ready().await {
         Ok(()) => Ok(events),
         Err(fault) => {
@@ -205,14 +209,14 @@ async fn boot(
             return Err(fault);
         }
     };
-    if let Err(fault) = boot_vm(vm, config, kvm, &images, &agent).await {
+    if let Err(fault) = boot_vm(vm, config, kvm, &images, &agent, 0).await {
         vm.fail(fault.message.clone()).await;
         vm.ready().await?;
         return Err(fault);
     }
     drop(agent);
     setup.timeline.mark("booted");
-    Ok(vm.bring_up(config.agent_timeout, setup.timeline.clone()))
+    Ok(vm.bring_up(config.agent_timeout, setup.timeline.clone(), None))
 }
 
 /// The files of a guest.
@@ -230,15 +234,18 @@ impl Images {
     }
 }
 
-/// Boots, and returns once the vCPUs run. The VM is the caller's to end.
+/// Boots, and returns once the vCPUs run. The VM is the caller's to end. Its clones may have so many
+/// vCPUs; 0 where there will be none.
 pub(crate) async fn boot_vm(
     vm: &Vm,
     config: &Config,
     kvm: &OwnedFd,
     images: &Images,
     agent: &OwnedFd,
+    possible_vcpus: u32,
 ) -> Result<(), Fault> {
     let image = BootImage {
+        possible_vcpus,
         kvm: kvm.as_fd(),
         kernel: images.kernel.as_fd(),
         initrd: images.initrd.as_fd(),

@@ -51,6 +51,8 @@ pub struct BootImage<'a> {
     pub initrd: BorrowedFd<'a>,
     /// Joined to the agent's connection.
     pub agent: BorrowedFd<'a>,
+    /// vCPUs that its clones may have; 0 where there will be none.
+    pub possible_vcpus: u32,
 }
 
 /// What the VMM restores a saved machine from.
@@ -62,6 +64,17 @@ pub struct SavedImage<'a> {
     pub pages: Option<BorrowedFd<'a>>,
     /// Joined to the agent's connection.
     pub agent: BorrowedFd<'a>,
+    /// What it is to have; 0: as saved.
+    pub memory_bytes: u64,
+    /// How many it is to have; 0: as saved.
+    pub vcpus: u32,
+}
+
+/// Memory that a restored machine has beyond what was saved: guest-physical address and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Added {
+    pub start: u64,
+    pub bytes: u64,
 }
 
 /// Why a saved machine was not restored.
@@ -106,6 +119,7 @@ impl Machine {
             agent_fd: self.send(&image.agent).await?,
             memory_bytes: config.memory_mib << 20,
             vcpus: config.vcpus,
+            possible_vcpus: image.possible_vcpus,
             cmdline: config.cmdline.clone(),
             ..api::BootRequest::default()
         };
@@ -119,7 +133,7 @@ impl Machine {
 
     /// Restores what [`Self::save`] wrote; returns once the vCPUs run. The caller sets the limit.
     /// After a failure the VMM may still boot.
-    pub async fn restore(&self, image: SavedImage<'_>) -> Result<(), RestoreError> {
+    pub async fn restore(&self, image: SavedImage<'_>) -> Result<Added, RestoreError> {
         let request = self.restore_request(image).await;
         let request = request.map_err(RestoreError::Failed)?;
         let answer = self
@@ -127,7 +141,10 @@ impl Machine {
             .restore(context::Context::default(), &request)
             .await;
         match answer {
-            Ok(_) => Ok(()),
+            Ok(restored) => Ok(Added {
+                start: restored.added_start,
+                bytes: restored.added_bytes,
+            }),
             Err(ttrpc::Error::RpcStatus(status)) if status.code() == Code::INVALID_ARGUMENT => {
                 let reason = untrusted::message(status.message());
                 Err(RestoreError::Unfit(reason))
@@ -149,6 +166,8 @@ impl Machine {
                 Some(pages) => self.send(pages).await?,
                 None => 0,
             },
+            memory_bytes: image.memory_bytes,
+            vcpus: image.vcpus,
             ..api::RestoreRequest::default()
         })
     }

@@ -32,7 +32,7 @@ use crate::{
     config::Config,
     fault::Fault,
     identity::{self, ClockSteps},
-    machine::Machine,
+    machine::{Added, Machine},
     timeline::Timeline,
     untrusted,
     vmm::Vmm,
@@ -71,6 +71,30 @@ pub enum GuestEvent {
     OutOfMemory {
         container: String,
     },
+}
+
+/// What a clone's guest has to take into use beyond its template's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Growth {
+    pub memory: Added,
+    pub vcpus: u32,
+}
+
+impl Growth {
+    /// Of a clone that was restored for a pod with this configuration; none where it has its template's size.
+    pub fn of_clone(config: &Config, memory: Added) -> Option<Self> {
+        let vcpus = config.vcpus;
+        (memory.bytes > 0 || vcpus > 1).then_some(Self { memory, vcpus })
+    }
+
+    fn request(self) -> api::GrowRequest {
+        api::GrowRequest {
+            memory_start: self.memory.start,
+            memory_bytes: self.memory.bytes,
+            vcpus: self.vcpus,
+            ..api::GrowRequest::default()
+        }
+    }
 }
 
 /// A reason for `watch` to end the VM.
@@ -149,15 +173,17 @@ impl Vm {
         self.advance(Phase::Booting);
     }
 
-    /// Greets the agent, and carries what it says to the receiver, which closes at the VM's end. If
-    /// it does not answer within `limit` of the VMM's start, the VM ends.
+    /// Greets the agent, has it take `growth` into use, and carries what it says to the receiver, which
+    /// closes at the VM's end. If it has not done so within `limit` of the VMM's start, the VM ends.
     pub fn bring_up(
         self: &Arc<Self>,
         limit: Duration,
         timeline: Arc<Timeline>,
+        growth: Option<Growth>,
     ) -> mpsc::Receiver<GuestEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
-        tokio::spawn(self.clone().greet(events, limit, timeline));
+        let greeting = self.clone().greet(events, limit, timeline, growth);
+        tokio::spawn(greeting);
         receiver
     }
 
@@ -227,25 +253,28 @@ impl Vm {
         events: mpsc::Sender<GuestEvent>,
         limit: Duration,
         timeline: Arc<Timeline>,
+        growth: Option<Growth>,
     ) {
         let left = limit.saturating_sub(self.begun.elapsed());
         let steps = ClockSteps::watch();
         let greeting = timeout(left, async {
-            let hello = self
-                .agent
-                .hello(context::Context::default(), &identity::hello())
-                .await?;
+            let context = context::Context::default;
+            let answered = |e| Fault::of_call("the agent's first answer", e);
+            let hello = self.agent.hello(context(), &identity::hello()).await;
+            let hello = hello.map_err(answered)?;
+            timeline.mark("agent");
+            if let Some(growth) = growth {
+                let grown = self.agent.grow(context(), &growth.request()).await;
+                grown.map_err(|e| Fault::of_call("give the guest the pod's size", e))?;
+                timeline.mark("grown");
+            }
             let request = api::EventsRequest::default();
-            let stream = self
-                .agent
-                .events(context::Context::default(), &request)
-                .await?;
-            Ok::<_, ttrpc::Error>((hello, stream))
+            let stream = self.agent.events(context(), &request).await;
+            Ok::<_, Fault>((hello, stream.map_err(answered)?))
         });
         let (hello, mut stream) = match greeting.await {
             Ok(Ok(greeted)) => greeted,
-            Ok(Err(e)) => {
-                let fault = Fault::of_call("the agent's first answer", e);
+            Ok(Err(fault)) => {
                 self.fail(fault.message).await;
                 return;
             }
@@ -254,7 +283,6 @@ impl Vm {
                 return;
             }
         };
-        timeline.mark("agent");
         log::info!(
             "agent {} on Linux {} answered after {} ms",
             untrusted::message(&hello.version),

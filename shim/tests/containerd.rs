@@ -98,6 +98,8 @@ fn main() {
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
         templates::a_template_that_vanishes_in_use_is_used
+        templates::pods_of_other_sizes_are_clones_of_the_same
+        templates::a_clone_that_cannot_grow_costs_no_pod
         templates::a_damaged_template_is_replaced
         templates::a_build_that_fails_leaves_nothing_and_is_not_repeated
         templates::a_build_that_is_interrupted_leaves_nothing

@@ -23,8 +23,8 @@ use husk_proto::{
     agent::HelloRequest,
     agent_ttrpc::AgentClient,
     machine::{
-        BootRequest, PauseRequest, RestoreRequest, ResumeRequest, SaveRequest, StatusRequest,
-        StatusResponse, StopRequest, WaitRequest, WaitResponse,
+        BootRequest, PauseRequest, RestoreRequest, RestoreResponse, ResumeRequest, SaveRequest,
+        StatusRequest, StatusResponse, StopRequest, WaitRequest, WaitResponse,
     },
     machine_ttrpc::MachineClient,
 };
@@ -198,6 +198,8 @@ pub struct Machine {
     client: MachineClient,
     descriptors: OwnedFd,
     next_token: u64,
+    /// vCPUs that what is restored from this machine may have, for [`Machine::boot`]; 0: as many as it has.
+    pub possible_vcpus: u32,
 }
 
 impl Machine {
@@ -241,6 +243,7 @@ impl Machine {
             client: MachineClient::new(connect(ours)?),
             descriptors,
             next_token: 1,
+            possible_vcpus: 0,
         })
     }
 
@@ -313,6 +316,7 @@ impl Machine {
             agent_fd: self.pass(agent)?,
             memory_bytes: memory_mib << 20,
             vcpus,
+            possible_vcpus: self.possible_vcpus,
             cmdline: cmdline.to_owned(),
             ..Default::default()
         };
@@ -325,31 +329,51 @@ impl Machine {
     /// # Errors
     /// What the VMM answers.
     pub async fn restore(&mut self, saved: &Saved, pages: Option<&File>) -> Result<UnixStream> {
-        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
-        self.restore_with(&theirs, saved, pages).await?;
+        let (agent, _) = self.restore_as(saved, pages, 0, 0).await?;
         Ok(agent)
     }
 
-    /// Restores a machine with a socket for the agent's connection.
+    /// The same with so much memory and so many vCPUs, or with 0 as many as were saved.
     ///
     /// # Errors
-    /// As [`Self::restore`].
+    /// What the VMM answers.
+    pub async fn restore_as(
+        &mut self,
+        saved: &Saved,
+        pages: Option<&File>,
+        memory_mib: u64,
+        vcpus: u32,
+    ) -> Result<(UnixStream, RestoreResponse)> {
+        let (agent, theirs) = UnixStream::pair().context("make a socket pair")?;
+        let restored = self
+            .restore_with(&theirs, saved, pages, memory_mib, vcpus)
+            .await?;
+        Ok((agent, restored))
+    }
+
+    /// The same with a socket for the agent's connection.
+    ///
+    /// # Errors
+    /// What the VMM answers.
     pub async fn restore_with(
         &mut self,
         agent: &UnixStream,
         saved: &Saved,
         pages: Option<&File>,
-    ) -> Result<()> {
+        memory_mib: u64,
+        vcpus: u32,
+    ) -> Result<RestoreResponse> {
         let request = RestoreRequest {
             kvm_fd: self.pass(kvm()?)?,
             memory_fd: self.pass(&saved.memory)?,
             state_fd: self.pass(&saved.state)?,
             agent_fd: self.pass(agent)?,
             pages_fd: pages.map_or(Ok(0), |pages| self.pass(pages))?,
+            memory_bytes: memory_mib << 20,
+            vcpus,
             ..Default::default()
         };
-        self.client.restore(patience(), &request).await?;
-        Ok(())
+        Ok(self.client.restore(patience(), &request).await?)
     }
 
     /// Saves the machine, which must be paused, to files on the lab's disk.

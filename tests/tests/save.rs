@@ -10,7 +10,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use husk_proto::machine::{ConnectRequest, Connection, ShareRequest};
+use husk_proto::{
+    agent::{GrowRequest, PrepareRequest},
+    machine::{ConnectRequest, Connection, ShareRequest},
+};
 use husk_tests::{
     cpio,
     machine::{self, Guest, INITRD, KERNEL, Machine, Report, Saved},
@@ -356,6 +359,108 @@ fn what_is_in_the_way_of_saving_is_named() {
     });
 }
 
+/// An agent's machine of 256 MiB and one vCPU, of eight that it knows of.
+async fn saved_template() -> Result<Saved> {
+    let mut machine = Machine::spawn()?;
+    machine.possible_vcpus = 8;
+    let agent = machine
+        .boot(Path::new(KERNEL), Path::new(INITRD), 256, 1, "")
+        .await?;
+    let agent = machine::hello(agent).await?;
+    let request = PrepareRequest::default();
+    agent.prepare(machine::patience(), &request).await?;
+    save_and_stop(machine).await
+}
+
+#[test]
+fn a_restored_machine_may_be_larger_and_is_not_saved_again() {
+    run(async {
+        let saved = saved_template().await?;
+        for (memory_mib, vcpus) in [(256, 2), (384, 1), (2048, 1), (4096, 8)] {
+            let mut machine = Machine::spawn()?;
+            let (agent, restored) = machine.restore_as(&saved, None, memory_mib, vcpus).await?;
+            let added = (memory_mib - 256) << 20;
+            ensure!(restored.added_bytes == added, "{restored:?}");
+            let agent = machine::hello(agent).await?;
+            let request = GrowRequest {
+                memory_start: restored.added_start,
+                memory_bytes: restored.added_bytes,
+                vcpus,
+                ..Default::default()
+            };
+            let began = Instant::now();
+            agent.grow(machine::patience(), &request).await?;
+            println!(
+                "{memory_mib} MiB, {vcpus} vCPUs: grown in {:?}",
+                began.elapsed()
+            );
+            machine.pause().await?;
+            refused(
+                machine.save().await,
+                "more memory or vCPUs than it was restored from",
+            );
+            machine.resume().await?;
+            agent
+                .grow(
+                    machine::patience(),
+                    &GrowRequest {
+                        vcpus,
+                        ..Default::default()
+                    },
+                )
+                .await?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_size_that_cannot_be_had_is_refused_and_the_next_one_given() {
+    run(async {
+        let saved = saved_template().await?;
+        let mut machine = Machine::spawn()?;
+        for (memory_mib, vcpus, why) in [
+            (0, 9, "vcpus: 9 is not between 1, as were saved, and 8"),
+            (0, 1 << 20, "vcpus: 1048576 is not"),
+            (
+                254,
+                1,
+                "memory_bytes: 266338304 is not 268435456, as was saved",
+            ),
+            (258, 1, "memory_bytes: 270532608 is not"),
+            (256 + (1 << 30), 1, "memory_bytes: "),
+        ] {
+            let asked = machine.restore_as(&saved, None, memory_mib, vcpus).await;
+            refused(asked, why);
+        }
+        let (agent, restored) = machine.restore_as(&saved, None, 384, 2).await?;
+        let agent = machine::hello(agent).await?;
+        let grow = |memory_start, memory_bytes, vcpus| {
+            let request = GrowRequest {
+                memory_start,
+                memory_bytes,
+                vcpus,
+                ..Default::default()
+            };
+            let agent = agent.clone();
+            async move { Ok(agent.grow(machine::patience(), &request).await?) }
+        };
+        let (start, bytes) = (restored.added_start, restored.added_bytes);
+        refused(grow(start, bytes + 4096, 2).await, "are not blocks");
+        refused(grow(start, bytes, 65).await, "vcpus: 65 are more");
+        // What the guest has already cannot be added once more.
+        refused(grow(0, bytes, 2).await, "add memory at 0x0");
+        grow(start, bytes, 2).await?;
+        refused(grow(start, bytes, 2).await, "add memory at 0x100000000");
+        // One that the guest knows of, and that does not exist.
+        refused(
+            grow(0, 0, 3).await,
+            "start a processor: /sys/devices/system/cpu/cpu2/online",
+        );
+        Ok(())
+    });
+}
+
 /// A file like `file`, less what `damage` does to it.
 fn damaged(file: &File, damage: impl Fn(&mut Vec<u8>)) -> Result<File> {
     let mut bytes = vec![0; file.metadata()?.len().try_into()?];
@@ -423,7 +528,10 @@ fn a_restore_that_fails_late_leaves_the_agents_socket_for_a_boot() {
         empty.memory.set_len(saved.memory.metadata()?.len())?;
         let mut machine = Machine::spawn()?;
         let (agent, theirs) = UnixStream::pair()?;
-        refused(machine.restore_with(&theirs, &empty, None).await, "queue");
+        refused(
+            machine.restore_with(&theirs, &empty, None, 0, 0).await,
+            "queue",
+        );
         let (kernel, initrd) = (Path::new(KERNEL), probe_initrd());
         machine
             .boot_with(&theirs, kernel, &initrd, MEMORY_MIB, 1, "husk_probe=serve")

@@ -148,6 +148,16 @@ impl MachineService {
             .ok()
             .filter(|vcpus| (1..=crate::vm::VCPUS_MAX).contains(vcpus))
             .ok_or_else(|| status(Code::INVALID_ARGUMENT, BuildError::Vcpus(request.vcpus)))?;
+        let possible_vcpus = match request.possible_vcpus {
+            0 => vcpus,
+            possible => u8::try_from(possible)
+                .ok()
+                .filter(|possible| (vcpus..=crate::vm::VCPUS_MAX).contains(possible))
+                .ok_or_else(|| {
+                    let error = BuildError::PossibleVcpus { possible, vcpus };
+                    status(Code::INVALID_ARGUMENT, error)
+                })?,
+        };
         Ok(Config {
             kvm: self.take("kvm_fd", request.kvm_fd)?,
             kernel: File::from(self.take("kernel_fd", request.kernel_fd)?),
@@ -155,6 +165,7 @@ impl MachineService {
             agent: self.take("agent_fd", request.agent_fd)?,
             memory_bytes: request.memory_bytes,
             vcpus,
+            possible_vcpus,
             cmdline: request.cmdline,
         })
     }
@@ -193,11 +204,22 @@ impl Machine for MachineService {
             state: take("state_fd", request.state_fd)?,
             agent: take("agent_fd", request.agent_fd)?.into(),
             pages,
+            memory_bytes: request.memory_bytes,
+            vcpus: request.vcpus,
         };
-        let vm = Vm::restore(config, Arc::clone(&self.files))
-            .map_err(|e| status(fault(e.is_the_images()), e))?;
+        let (vm, added) = Vm::restore(config, Arc::clone(&self.files)).map_err(|e| {
+            let code = match e.is_of_size() {
+                true => Code::OUT_OF_RANGE,
+                false => fault(e.is_the_images()),
+            };
+            status(code, e)
+        })?;
         self.keep(vm);
-        Ok(RestoreResponse::new())
+        Ok(RestoreResponse {
+            added_start: added.start,
+            added_bytes: added.bytes,
+            ..Default::default()
+        })
     }
 
     async fn save(&self, _: &TtrpcContext, request: SaveRequest) -> ttrpc::Result<SaveResponse> {
@@ -206,7 +228,9 @@ impl Machine for MachineService {
         let state = File::from(self.take("state_fd", request.state_fd)?);
         vm.save(&memory, &state).map_err(|e| {
             let code = match &e {
-                SaveError::NotPaused | SaveError::InTheWay(_) => Code::FAILED_PRECONDITION,
+                SaveError::NotPaused | SaveError::Grown | SaveError::InTheWay(_) => {
+                    Code::FAILED_PRECONDITION
+                }
                 SaveError::NotEmpty { .. } => Code::INVALID_ARGUMENT,
                 _ => Code::INTERNAL,
             };

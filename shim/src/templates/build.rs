@@ -26,6 +26,7 @@ use super::{
     key::{Ingredients, Key, Scope, Stamp},
     manifest::{MEMORY, PAGES, STATE},
     pages,
+    size::Size,
     store::Store,
 };
 use crate::{
@@ -187,7 +188,14 @@ impl Builder<'_> {
         };
         let (memory, state) = (file(MEMORY)?, file(STATE)?);
         let images = Images::open(self.config)?;
-        launch::boot_vm(vm, self.config, &self.kvm, &images, &agent).await?;
+        let size = Size::for_pod(self.config);
+        let config = Config {
+            memory_mib: size.memory_mib,
+            vcpus: 1,
+            ..self.config.clone()
+        };
+        let possible = size.possible_vcpus;
+        launch::boot_vm(vm, &config, &self.kvm, &images, &agent, possible).await?;
         drop((images, agent));
         self.prepare(vm, false).await?;
         vm.machine.pause().await?;
@@ -223,12 +231,14 @@ impl Builder<'_> {
             state: state.as_fd(),
             pages: None,
             agent: agent.as_fd(),
+            memory_bytes: 0,
+            vcpus: 0,
         };
         let restored = vm.machine.restore(image).await;
         restored.map_err(|e| Fault::internal(format_args!("try the new template: {e}")))?;
         drop(agent);
         vm.booting();
-        let _events = vm.bring_up(self.config.agent_timeout, Arc::default());
+        let _events = vm.bring_up(self.config.agent_timeout, Arc::default(), None);
         vm.ready().await?;
         self.prepare(vm, true).await?;
         vm.machine.pause().await?;

@@ -27,7 +27,8 @@ A template is a microVM that was booted once and stopped; pods start as clones o
 
 usage:
   husk template build [--namespace NS]   make the template that pods of a namespace start from
-  husk template ls                       show all templates, and whether pods can use them
+  husk template ls                       show all templates, for pods of which sizes they are, and
+                                         whether pods can use them
   husk template rm KEY... | --all        remove templates; running pods keep what they have
   husk template gc                       check every byte; remove what is damaged, outdated or too much
   husk template --help
@@ -239,8 +240,8 @@ fn table(entries: &[Entry], now: SystemTime) -> String {
                     key,
                     age.map_or_else(unknown, age_text),
                     size,
-                    format!("{} MiB", manifest.made_of.memory_mib),
-                    manifest.made_of.vcpus.to_string(),
+                    format!("from {} MiB", manifest.made_of.memory_mib),
+                    format!("to {}", manifest.made_of.possible_vcpus),
                     manifest.made_of.scope.to_string(),
                     fit.map_or_else(|reason| format!("no: {reason}"), |()| "yes".into()),
                 ]

@@ -14,10 +14,11 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use super::size::Size;
 use crate::{VERSION, config::Config};
 
 /// Goes up whenever husk writes templates in another way.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Hexadecimal digits of a key.
 const DIGITS: usize = 32;
 
@@ -96,8 +97,10 @@ pub struct Ingredients {
     pub cpu: String,
     /// The host's kernel, which is where KVM's ABI comes from.
     pub host: String,
+    /// The template's; pods may have more.
     pub memory_mib: u64,
-    pub vcpus: u32,
+    /// That pods may have.
+    pub possible_vcpus: u32,
     pub cmdline: String,
     pub scope: Scope,
 }
@@ -127,6 +130,7 @@ impl fmt::Display for Key {
 impl Ingredients {
     /// Of a pod with this configuration, here and now.
     pub fn gather(config: &Config, scope: Scope) -> io::Result<Self> {
+        let size = Size::for_pod(config);
         Ok(Self {
             husk: VERSION.to_owned(),
             kernel: Source::of(&config.kernel)?,
@@ -134,8 +138,8 @@ impl Ingredients {
             vmm: Source::of(&config.vmm)?,
             cpu: cpu().to_owned(),
             host: host()?,
-            memory_mib: config.memory_mib,
-            vcpus: config.vcpus,
+            memory_mib: size.memory_mib,
+            possible_vcpus: size.possible_vcpus,
             cmdline: config.cmdline.clone(),
             scope,
         })
@@ -148,7 +152,8 @@ impl Ingredients {
             let _ = writeln!(text, "{:?}", source.stamp);
         }
         let _ = writeln!(text, "{}\n{}", self.cpu, self.host);
-        let _ = writeln!(text, "{} MiB, {} vCPUs", self.memory_mib, self.vcpus);
+        let (memory_mib, possible_vcpus) = (self.memory_mib, self.possible_vcpus);
+        let _ = writeln!(text, "{memory_mib} MiB, {possible_vcpus} vCPUs");
         let _ = writeln!(text, "{:?}\n{:?}", self.cmdline, self.scope);
         let mut key = hex(&hmac_sha256::Hash::hash(text.as_bytes()));
         key.truncate(DIGITS);
@@ -304,9 +309,9 @@ pub(super) mod tests {
         other.memory_mib += 2;
         keys.push(key(&other));
         other.memory_mib -= 2;
-        other.vcpus += 1;
+        other.vcpus = 9;
         keys.push(key(&other));
-        other.vcpus -= 1;
+        other.vcpus = 1;
         other.cmdline = "quiet".into();
         keys.push(key(&other));
         let made = Ingredients::gather(&config, Scope::Node).unwrap();
@@ -340,6 +345,15 @@ pub(super) mod tests {
         }
         let different: std::collections::HashSet<_> = keys.iter().collect();
         assert_eq!(different.len(), keys.len());
+    }
+
+    #[test]
+    fn pods_of_many_sizes_have_one_key() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = config(directory.path());
+        let mut large = config.clone();
+        (large.memory_mib, large.vcpus) = (config.memory_mib + 14 * 128, 8);
+        assert_eq!(key(&large), key(&config));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! key          what a template depends on, and its name
+//! size         what a template has, so that pods of other sizes can start from it
 //! manifest     template.json: what it was made of, and what its files must look like
 //! store        /var/lib/husk/templates: found, checked and opened; published; removed
 //! draft        a template in the making, and the lock on that
@@ -23,6 +24,7 @@ pub mod gc;
 pub mod key;
 pub mod manifest;
 mod pages;
+pub mod size;
 pub mod store;
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,7 @@
 //! speaks both contracts, and runs "containers" as plain processes of the host. What the kernel file
 //! says is how its boot goes: `silent`, `panic`, `die`, or anything else for well. Words in it say how
 //! templates go: `save-fails`, `prepare-fails`, `save-hangs`, `try-fails` for their making, and `clone-unfit`,
-//! `clone-fails`, `clone-dies`, `clone-silent`, `clone-vanishes` for what is made of them.
+//! `clone-fails`, `clone-dies`, `clone-silent`, `clone-vanishes`, `clone-cannot-grow` for what is made of them.
 
 use std::{
     collections::HashMap,
@@ -30,6 +30,10 @@ use ttrpc::{
 };
 
 type Answer<T> = ttrpc::Result<T>;
+
+/// Bytes of a template's memory, and where more of it is put.
+const TEMPLATE: u64 = 256 << 20;
+const ADDED: u64 = 1 << 32;
 
 fn refuse<T>(code: Code, message: impl Into<String>) -> Answer<T> {
     Err(ttrpc::Error::RpcStatus(ttrpc::get_status(
@@ -156,6 +160,9 @@ impl machine_ttrpc::Machine for Vmm {
             .unwrap();
         let _initrd = self.take(r.initrd_fd).await;
         let agent = UnixStream::from(self.take(r.agent_fd).await);
+        // Every template has the usual size.
+        let booted = (r.memory_bytes, r.vcpus);
+        assert!(r.possible_vcpus == 0 || (r.possible_vcpus, booted) == (8, (TEMPLATE, 1)));
         *self.kernel.lock().unwrap() = kernel.clone();
         *self.guest.kernel.lock().unwrap() = kernel.clone();
         match kernel.trim() {
@@ -277,13 +284,26 @@ impl machine_ttrpc::Machine for Vmm {
             eprintln!("husk-vmm: bus error");
             std::process::exit(9);
         }
+        *self.guest.kernel.lock().unwrap() = said.clone();
+        let added = match r.memory_bytes {
+            0 => 0,
+            bytes => bytes - TEMPLATE,
+        };
+        if r.vcpus > 8 {
+            return refuse(Code::OUT_OF_RANGE, "vcpus: too many");
+        }
+        *self.guest.added.lock().unwrap() = added;
         if said.contains("clone-silent") {
             std::mem::forget(agent);
         } else {
             let server = serve(agent, agent_ttrpc::create_agent(self.guest.clone())).await;
             std::mem::forget(server);
         }
-        Ok(machine::RestoreResponse::default())
+        Ok(machine::RestoreResponse {
+            added_start: if added > 0 { ADDED } else { 0 },
+            added_bytes: added,
+            ..machine::RestoreResponse::default()
+        })
     }
 
     async fn save(
@@ -385,6 +405,8 @@ struct Guest {
     processes: Mutex<HashMap<(String, String), Running>>,
     events: Mutex<Option<mpsc::UnboundedSender<agent::Event>>>,
     kernel: Mutex<String>,
+    /// Bytes of memory that were added.
+    added: Mutex<u64>,
     prepared: AtomicBool,
     greeted: AtomicBool,
 }
@@ -455,6 +477,23 @@ impl agent_ttrpc::Agent for Guest {
             kernel_release: "6.12-fake".into(),
             ..agent::HelloResponse::default()
         })
+    }
+
+    async fn grow(&self, _: &TtrpcContext, r: agent::GrowRequest) -> Answer<agent::GrowResponse> {
+        assert!(self.greeted.load(Ordering::SeqCst));
+        if self.kernel.lock().unwrap().contains("clone-cannot-grow") {
+            return refuse(Code::INTERNAL, "memory/probe: ENOMEM");
+        }
+        let added = *self.added.lock().unwrap();
+        let start = if added > 0 { ADDED } else { 0 };
+        match (r.memory_start, r.memory_bytes, r.vcpus) {
+            (_, 0, 0 | 1) => refuse(Code::INVALID_ARGUMENT, "nothing to grow by"),
+            (at, bytes, _) if (at, bytes) == (start, added) => Ok(agent::GrowResponse::default()),
+            other => refuse(
+                Code::INVALID_ARGUMENT,
+                format!("not what was added: {other:?}"),
+            ),
+        }
     }
 
     async fn prepare(

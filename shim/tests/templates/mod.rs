@@ -248,6 +248,41 @@ pub(crate) async fn what_is_wrong_with_a_template_costs_no_pod() {
     }
 }
 
+pub(crate) async fn pods_of_other_sizes_are_clones_of_the_same() {
+    let mut host = host("boots").await;
+    let key = host.build();
+    let listed = host.said(&["ls"]);
+    assert!(
+        listed.contains("from 256 MiB") && listed.contains("to 8"),
+        "{listed}"
+    );
+    let usual = host.pod("usual").await;
+    assert!(
+        !usual.contains(" grown=") && !usual.contains("warn"),
+        "{usual}"
+    );
+    for (id, memory_mib, vcpus) in [("large", 2048, 1), ("busy", 256, 2), ("both", 384, 8)] {
+        host.0.settings.truncate(2);
+        let size = format!("memory_mib = {memory_mib}\nvcpus = {vcpus}");
+        host.0.settings.push(size);
+        let log = host.pod(id).await;
+        assert!(
+            log.contains(" restored=") && log.contains(" grown=") && !log.contains("warn"),
+            "{id}: {log}"
+        );
+    }
+    assert_eq!(host.names(), [key]);
+}
+
+pub(crate) async fn a_clone_that_cannot_grow_costs_no_pod() {
+    let mut host = host("clone-cannot-grow").await;
+    host.build();
+    host.0.settings.push("memory_mib = 512".into());
+    let log = host.pod("c1").await;
+    let complaint = "give the guest the pod's size: memory/probe: ENOMEM";
+    assert!(log.contains(" booted=") && log.contains(complaint), "{log}");
+}
+
 pub(crate) async fn a_template_that_vanishes_in_use_is_used() {
     let host = host("clone-vanishes").await;
     host.build();

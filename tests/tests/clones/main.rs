@@ -4,4 +4,5 @@ mod identity;
 mod many;
 mod sabotage;
 mod sharing;
+mod sizes;
 mod starts;

@@ -20,7 +20,7 @@ use vm_memory::{GuestMemory, GuestMemoryRegion, MemoryRegionAddress, VolatileSli
 
 use crate::state::Run;
 
-use super::{GuestRam, MemoryError, PAGE, RAM_GRANULE, advise, layout, map, region};
+use super::{GuestRam, MemoryError, PAGE, RAM_GRANULE, advise, anonymous, layout, map, region};
 
 /// What blocks of the file are mapped or not.
 const BLOCK: usize = RAM_GRANULE as usize;
@@ -140,11 +140,17 @@ fn is_zero(page: &[u8]) -> bool {
 }
 
 /// Maps memory for a guest of `bytes` bytes, copy on write from `file`, until the process ends.
-/// `spans` are those that [`write`] returned.
+/// `spans` are those that [`write`] returned. `added` is a region of zeroes behind it, as
+/// [`addition`](super::addition) has it: first address and length in bytes.
 ///
 /// # Errors
 /// The file is none that [`write`] could have written for `bytes` and `spans`, or the host refuses.
-pub fn map_image(bytes: u64, file: &File, spans: &[Span]) -> Result<GuestRam, MemoryError> {
+pub fn map_image(
+    bytes: u64,
+    file: &File,
+    spans: &[Span],
+    added: Option<(u64, u64)>,
+) -> Result<GuestRam, MemoryError> {
     let metadata = file.metadata().map_err(MemoryError::Image)?;
     if !metadata.is_file() || metadata.size() != bytes {
         return Err(MemoryError::ImageSize {
@@ -174,6 +180,9 @@ pub fn map_image(bytes: u64, file: &File, spans: &[Span]) -> Result<GuestRam, Me
         advise(&mapping, 0, mapping.size(), libc::MADV_DONTDUMP)?;
         mapped.push(region(start, mapping)?);
         first = end;
+    }
+    if let Some(added) = added {
+        mapped.push(anonymous(added)?);
     }
     GuestRam::from_regions(mapped).map_err(|e| MemoryError::map(bytes, e))
 }
@@ -311,7 +320,7 @@ mod tests {
             ]
         );
         assert_eq!(file.metadata().unwrap().blocks() * 512, 4 * 4096);
-        let [one, two] = [0; 2].map(|_| map_image(RAM_MIN, &file, &spans).unwrap());
+        let [one, two] = [0; 2].map(|_| map_image(RAM_MIN, &file, &spans, None).unwrap());
         for place in places {
             assert_eq!(one.read_obj::<u8>(GuestAddress(place)).unwrap(), 0xa5);
         }
@@ -326,9 +335,9 @@ mod tests {
     #[test]
     fn files_that_do_not_fit_are_refused() {
         let file = memfd();
-        assert!(map_image(RAM_MIN, &file, &[]).is_err());
+        assert!(map_image(RAM_MIN, &file, &[], None).is_err());
         file.set_len(RAM_MIN).unwrap();
-        assert!(map_image(RAM_MIN, &file, &[]).is_ok());
+        assert!(map_image(RAM_MIN, &file, &[], None).is_ok());
         for (offset, length) in [
             (1, 2 << 20),
             (0, 1),
@@ -337,10 +346,13 @@ mod tests {
             (0, u64::MAX),
         ] {
             let span = Span { offset, length };
-            assert!(map_image(RAM_MIN, &file, &[span]).is_err(), "{span:?}");
+            assert!(
+                map_image(RAM_MIN, &file, &[span], None).is_err(),
+                "{span:?}"
+            );
         }
         let directory = File::open("/").unwrap();
-        assert!(map_image(RAM_MIN, &directory, &[]).is_err());
+        assert!(map_image(RAM_MIN, &directory, &[], None).is_err());
     }
 
     #[test]

@@ -93,15 +93,23 @@ pub struct Initrd {
     size: u64,
 }
 
-/// The whole command line: the VMM's part, then the client's.
-pub fn cmdline(extra: &str) -> Result<String, BootParamsError> {
+/// The whole command line: the VMM's part, then the client's. `vcpus` is set for a guest that knows of more
+/// vCPUs than it starts with.
+///
+/// `noreplace-smp` then: a kernel on one CPU takes the bus locks out of itself, and would put them back
+/// when the second comes, in thousands of places of pages that all clones share.
+pub fn cmdline(extra: &str, vcpus: Option<u8>) -> Result<String, BootParamsError> {
     if !extra.bytes().all(|b| (b' '..=b'~').contains(&b)) {
         return Err(BootParamsError::CmdlineByte);
     }
-    let line = match extra.trim() {
-        "" => OWN_CMDLINE.to_string(),
-        extra => format!("{OWN_CMDLINE} {extra}"),
-    };
+    let mut line = OWN_CMDLINE.to_string();
+    if let Some(vcpus) = vcpus {
+        line.push_str(&format!(" maxcpus={vcpus} noreplace-smp"));
+    }
+    match extra.trim() {
+        "" => {}
+        extra => line.extend([" ", extra]),
+    }
     if line.len() >= CMDLINE_MAX {
         return Err(BootParamsError::CmdlineTooLong { length: line.len() });
     }
@@ -229,13 +237,15 @@ mod tests {
 
     #[test]
     fn the_command_line_is_bounded_and_printable() {
-        assert_eq!(cmdline(" ").unwrap(), OWN_CMDLINE);
-        assert!(cmdline("husk.x=1").unwrap().ends_with(" husk.x=1"));
+        assert_eq!(cmdline(" ", None).unwrap(), OWN_CMDLINE);
+        let line = cmdline("husk.x=1", Some(1)).unwrap();
+        assert!(line.ends_with(" maxcpus=1 noreplace-smp husk.x=1"));
         assert!(matches!(
-            cmdline(&"x".repeat(CMDLINE_MAX)),
+            cmdline(&"x".repeat(CMDLINE_MAX), None),
             Err(BootParamsError::CmdlineTooLong { .. })
         ));
-        assert!(matches!(cmdline("a\nb"), Err(BootParamsError::CmdlineByte)));
+        let line = cmdline("a\nb", None);
+        assert!(matches!(line, Err(BootParamsError::CmdlineByte)));
     }
 
     #[test]

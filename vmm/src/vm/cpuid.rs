@@ -35,6 +35,16 @@ pub(super) fn difference(one: &CpuId, other: &CpuId) -> Option<(u32, u32)> {
     }
 }
 
+/// Where the guest's physical addresses end, as it is told.
+pub(super) fn address_space(cpuid: &CpuId) -> u64 {
+    /// As much as processors without the leaf have.
+    const LEAST_BITS: u32 = 36;
+    let sizes = |entry: &&kvm_cpuid_entry2| entry.function == 0x8000_0008;
+    let sizes = cpuid.as_slice().iter().find(sizes);
+    let bits = sizes.map_or(LEAST_BITS, |entry| entry.eax & 0xff);
+    1u64.checked_shl(bits).unwrap_or(u64::MAX)
+}
+
 fn restrict(entry: &mut kvm_cpuid_entry2) {
     match entry.function {
         0x1 => {
@@ -162,6 +172,21 @@ mod tests {
         let fewer = CpuId::from_entries(&one.as_slice()[1..]).unwrap();
         assert_eq!(difference(&one, &fewer), Some((0x1, 0)));
         assert_eq!(difference(&fewer, &one), Some((0x1, 0)));
+    }
+
+    #[test]
+    fn addresses_have_as_many_bits_as_the_guest_is_told() {
+        let with = |eax| {
+            let entry = kvm_cpuid_entry2 {
+                function: 0x8000_0008,
+                eax,
+                ..Default::default()
+            };
+            address_space(&CpuId::from_entries(&[entry]).unwrap())
+        };
+        assert_eq!(with(0x3028), 1 << 40);
+        assert_eq!(with(0xff), u64::MAX);
+        assert_eq!(address_space(&CpuId::from_entries(&[]).unwrap()), 1 << 36);
     }
 
     #[test]

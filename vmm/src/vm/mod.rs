@@ -81,6 +81,8 @@ pub struct Config {
     pub memory_bytes: u64,
     /// 1 to [`VCPUS_MAX`].
     pub vcpus: u8,
+    /// vCPUs that the guest makes room for: `vcpus` to [`VCPUS_MAX`].
+    pub possible_vcpus: u8,
     /// Appended to the VMM's own command line.
     pub cmdline: String,
 }
@@ -130,6 +132,8 @@ impl KvmError {
 pub enum BuildError {
     #[error("vcpus: {0} is not between 1 and {VCPUS_MAX}")]
     Vcpus(u32),
+    #[error("possible_vcpus: {possible} is not between {vcpus}, the vCPUs, and {VCPUS_MAX}")]
+    PossibleVcpus { possible: u32, vcpus: u8 },
     #[error("kvm: the descriptor is not /dev/kvm (KVM_GET_API_VERSION answers {0})")]
     NotKvm(i32),
     #[error("kvm: the host's KVM lacks {0}")]
@@ -158,7 +162,7 @@ impl BuildError {
     pub fn is_clients(&self) -> bool {
         use kernel::KernelError;
         match self {
-            Self::Vcpus(_) | Self::NotKvm(_) => true,
+            Self::Vcpus(_) | Self::PossibleVcpus { .. } | Self::NotKvm(_) => true,
             Self::Memory(e) => e.is_clients(),
             Self::Kernel(e) => !matches!(e, KernelError::Io { .. } | KernelError::Load(_)),
             Self::BootParams(e) => !matches!(
@@ -184,6 +188,9 @@ pub struct Vm {
     ending: Ending,
     // Keeps the memory mapped as long as anything of the machine lives.
     ram: GuestRam,
+    possible_vcpus: u8,
+    /// The memory and the vCPUs are not those that its guest has booted with.
+    grown: bool,
 }
 
 /// The machine around its vCPUs: memory and devices, nothing of which works yet.
@@ -206,8 +213,9 @@ impl Vm {
         let entry = load(&config, &ram, &regions, low_end)?;
         let kvm = open(config.kvm)?;
         let fd = Arc::new(create_vm(&kvm, &ram)?);
-        let vcpus = create_vcpus(&kvm, &fd, config.vcpus, entry)?;
-        Chassis::assemble(kvm, fd, ram, config.agent, files)?.start(vcpus)
+        let vcpus = create_vcpus(&kvm, &fd, config.vcpus, config.possible_vcpus, entry)?;
+        let chassis = Chassis::assemble(kvm, fd, ram, config.agent, files)?;
+        chassis.start(vcpus, config.possible_vcpus)
     }
 
     pub fn ending(&self) -> &Ending {
@@ -282,7 +290,7 @@ impl Chassis {
     }
 
     /// Lets the vCPUs run. On an error none has, and no device works on.
-    fn start(self, vcpus: Vec<Vcpu>) -> Result<Vm, BuildError> {
+    fn start(self, vcpus: Vec<Vcpu>, possible_vcpus: u8) -> Result<Vm, BuildError> {
         let coalesced = coalesce(&self.fd, vcpus.first().map(|vcpu| &vcpu.fd))?;
         let pci = Arc::new(Mutex::new(self.pci));
         let bus = GuestBus {
@@ -308,6 +316,8 @@ impl Chassis {
             dialer: self.dialer,
             ending: self.ending,
             ram: self.ram,
+            possible_vcpus,
+            grown: false,
         })
     }
 }
@@ -357,11 +367,12 @@ fn load(
     regions: &[(u64, u64)],
     low_end: u64,
 ) -> Result<u64, BuildError> {
-    let cmdline = boot_params::cmdline(&config.cmdline)?;
+    let fewer = (config.vcpus < config.possible_vcpus).then_some(config.vcpus);
+    let cmdline = boot_params::cmdline(&config.cmdline, fewer)?;
     let kernel = kernel::load(&config.kernel, ram, low_end)?;
     let initrd = boot_params::load_initrd(&config.initrd, ram, kernel.end, low_end)?;
     boot_params::write(ram, regions, &cmdline, initrd)?;
-    mp_table::write(ram, config.vcpus).map_err(boot_params::BootParamsError::from)?;
+    mp_table::write(ram, config.possible_vcpus).map_err(boot_params::BootParamsError::from)?;
     Ok(kernel.entry)
 }
 
@@ -397,12 +408,18 @@ fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, KvmError> {
     Ok(vm)
 }
 
-/// The vCPUs, ready to run; the first at the kernel's `entry`.
-fn create_vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<Vcpu>, KvmError> {
+/// The first `count` vCPUs of the `possible` ones, ready to run; the first at the kernel's `entry`.
+fn create_vcpus(
+    kvm: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    possible: u8,
+    entry: u64,
+) -> Result<Vec<Vcpu>, KvmError> {
     let supported = supported_cpuid(kvm)?;
     let mut vcpus = Vec::new();
     for index in 0..count {
-        let vcpu = create_vcpu(vm, index, cpuid::of_vcpu(&supported, index, count))?;
+        let vcpu = create_vcpu(vm, index, cpuid::of_vcpu(&supported, index, possible))?;
         registers::prepare(&vcpu.fd)?;
         if index == 0 {
             registers::start_at(&vcpu.fd, entry)?;

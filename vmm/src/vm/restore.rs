@@ -1,5 +1,8 @@
 //! Builds the machine that was saved, and lets it run on.
 //!
+//! It may be given more than was saved: memory behind all that it had, and vCPUs that wait as at a boot.
+//! The guest knows nothing of the one before its agent is told, and of the other that they may come.
+//!
 //! The order is that of a boot (memory, VM, vCPUs, devices, doorbells) with state filled in: a vCPU's
 //! CPUID first of all, then all counters, which its timer is armed by, then the rest of it; the devices
 //! behind the vCPUs' local APICs, which their interrupts go to; KVM's clock last. What cannot fit is found
@@ -19,12 +22,12 @@ use vmm_sys_util::{ioctl::ioctl_with_ref, ioctl_iowr_nr};
 
 use super::{
     BuildError, Chassis, VCPUS_MAX, Vcpu, Vm, clock, cpuid, create_vcpu, create_vm, open,
-    supported_cpuid,
+    registers, supported_cpuid,
     vcpu_state::{self, RestoreVcpuError},
 };
 use crate::{
     fs::FileServer,
-    memory::image,
+    memory::{self, Ungrowable, image},
     state::{self, StateError},
     virtio::DeviceError,
 };
@@ -51,6 +54,18 @@ pub struct RestoreConfig {
     pub agent: OwnedFd,
     /// Runs of memory to be mapped before the vCPUs run.
     pub pages: Option<File>,
+    /// What it is to have, in bytes; 0: as saved.
+    pub memory_bytes: u64,
+    /// How many it is to have; 0: as saved.
+    pub vcpus: u32,
+}
+
+/// Memory that a machine has beyond what was saved; 0 and 0 where there is none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Added {
+    /// Guest-physical address.
+    pub start: u64,
+    pub bytes: u64,
 }
 
 /// Why a machine was not restored.
@@ -66,6 +81,14 @@ pub enum RestoreError {
         function: u32,
         index: u32,
     },
+    #[error("vcpus: {wanted} is not between {saved}, as were saved, and {possible}")]
+    Vcpus {
+        wanted: u32,
+        saved: usize,
+        possible: u8,
+    },
+    #[error(transparent)]
+    Memory(#[from] Ungrowable),
     #[error("state: {0}")]
     Frequency(#[from] clock::FrequencyError),
     /// KVM refused to take a part of the state.
@@ -87,8 +110,13 @@ impl RestoreError {
             Self::Build(BuildError::Memory(e)) => e.is_clients(),
             // The devices are ours; what their queues hold is the image's.
             Self::Build(BuildError::Device(e)) => !matches!(e, DeviceError::Host { .. }),
-            Self::Build(_) => false,
+            Self::Build(_) | Self::Vcpus { .. } | Self::Memory(_) => false,
         }
+    }
+
+    /// Whether it was asked to become what it cannot.
+    pub fn is_of_size(&self) -> bool {
+        matches!(self, Self::Vcpus { .. } | Self::Memory(_))
     }
 }
 
@@ -107,18 +135,24 @@ impl Vm {
     /// # Errors
     /// The files are no machine's, or not one of this host's; or the host refuses. Nothing is left
     /// behind but address space.
-    pub fn restore(config: RestoreConfig, files: Arc<FileServer>) -> Result<Self, RestoreError> {
+    pub fn restore(
+        config: RestoreConfig,
+        files: Arc<FileServer>,
+    ) -> Result<(Self, Added), RestoreError> {
         let began = Instant::now();
         let saved = state::read(&config.state)?;
         let kvm = open(config.kvm)?;
-        let cpuids = cpuids(&kvm, &saved)?;
+        let (cpuids, possible) = cpuids(&kvm, &saved, config.vcpus)?;
+        let end = cpuids.first().map_or(0, cpuid::address_space);
+        let added = memory::addition(saved.memory_bytes, config.memory_bytes, end)?;
+        let grown = added.is_some() || cpuids.len() > saved.vcpus.len();
         let clocks = saved.clock.as_ref();
         let clocks = clocks.ok_or(StateError::Content("no clock"))?;
         let bus = saved.bus.as_ref();
         let bus = bus.ok_or(StateError::Content("no devices"))?;
 
         let spans: Vec<image::Span> = saved.data.iter().map(Into::into).collect();
-        let ram = image::map_image(saved.memory_bytes, &config.memory, &spans)
+        let ram = image::map_image(saved.memory_bytes, &config.memory, &spans, added)
             .map_err(BuildError::from)?;
         let fd = Arc::new(create_vm(&kvm, &ram).map_err(BuildError::from)?);
         let mut vcpus: Vec<Vcpu> = Vec::new();
@@ -131,6 +165,9 @@ impl Vm {
             .map_err(RestoreError::Refused)?;
         for (vcpu, saved) in vcpus.iter().zip(&saved.vcpus) {
             vcpu_state::restore(&fd, &vcpu.fd, saved)?;
+        }
+        for vcpu in vcpus.iter().skip(saved.vcpus.len()) {
+            registers::prepare(&vcpu.fd).map_err(BuildError::from)?;
         }
         let mut chassis = Chassis::assemble(kvm, fd, ram, config.agent, files)?;
         chassis.pci.restore(bus)?;
@@ -152,9 +189,11 @@ impl Vm {
             chassis.pci.stop();
             return Err(BuildError::from(e).into());
         }
-        let vm = chassis.start(vcpus)?;
+        let mut vm = chassis.start(vcpus, possible)?;
+        vm.grown = grown;
         log::debug!("restored in {:?}", began.elapsed());
-        Ok(vm)
+        let (start, bytes) = added.unwrap_or_default();
+        Ok((vm, Added { start, bytes }))
     }
 }
 
@@ -182,16 +221,19 @@ fn prefetch(chassis: &Chassis, vcpu: &VcpuFd, pages: &File) {
     });
 }
 
-/// The CPUID of each saved vCPU, all of which this host offers.
-fn cpuids(kvm: &Kvm, saved: &state::Machine) -> Result<Vec<CpuId>, RestoreError> {
-    let count = u8::try_from(saved.vcpus.len()).ok();
-    let count = count.filter(|count| (1..=VCPUS_MAX).contains(count));
-    let count = count.ok_or(StateError::Content("an impossible number of vCPUs"))?;
+/// The CPUID of each vCPU, those that were saved first: all of them this host offers. Of `wanted` vCPUs,
+/// or with 0 of those that were saved. The second is how many the guest knows of.
+fn cpuids(
+    kvm: &Kvm,
+    saved: &state::Machine,
+    wanted: u32,
+) -> Result<(Vec<CpuId>, u8), RestoreError> {
+    let (count, possible) = vcpus(saved, wanted)?;
     let supported = supported_cpuid(kvm).map_err(BuildError::from)?;
     let mut cpuids = Vec::new();
-    for (index, vcpu) in (0..count).zip(&saved.vcpus) {
+    for (index, vcpu) in (0..possible).zip(&saved.vcpus) {
         let was = vcpu_state::cpuid(vcpu)?;
-        let offered = cpuid::of_vcpu(&supported, index, count);
+        let offered = cpuid::of_vcpu(&supported, index, possible);
         if let Some((function, leaf)) = cpuid::difference(&was, &offered) {
             return Err(RestoreError::Cpuid {
                 vcpu: index.into(),
@@ -201,7 +243,32 @@ fn cpuids(kvm: &Kvm, saved: &state::Machine) -> Result<Vec<CpuId>, RestoreError>
         }
         cpuids.push(was);
     }
-    Ok(cpuids)
+    let further = (0..count).skip(cpuids.len());
+    cpuids.extend(further.map(|index| cpuid::of_vcpu(&supported, index, possible)));
+    Ok((cpuids, possible))
+}
+
+/// How many vCPUs the machine gets, and how many its guest knows of.
+fn vcpus(saved: &state::Machine, wanted: u32) -> Result<(u8, u8), RestoreError> {
+    let impossible = StateError::Content("an impossible number of vCPUs");
+    let known = match saved.possible_vcpus {
+        0 => u8::try_from(saved.vcpus.len()).ok(),
+        possible => u8::try_from(possible).ok(),
+    };
+    let fits =
+        |known: &u8| *known <= VCPUS_MAX && (1..=usize::from(*known)).contains(&saved.vcpus.len());
+    let possible = known.filter(fits).ok_or(impossible)?;
+    let count = match wanted {
+        0 => u8::try_from(saved.vcpus.len()).ok(),
+        wanted => u8::try_from(wanted).ok(),
+    };
+    let fits = |count: &u8| *count <= possible && usize::from(*count) >= saved.vcpus.len();
+    let count = count.filter(fits).ok_or(RestoreError::Vcpus {
+        wanted,
+        saved: saved.vcpus.len(),
+        possible,
+    })?;
+    Ok((count, possible))
 }
 
 #[cfg(test)]
@@ -229,7 +296,7 @@ mod tests {
         for error in images {
             assert!(error.is_the_images(), "{error}");
         }
-        let hosts: [RestoreError; 7] = [
+        let hosts: [RestoreError; 8] = [
             StateError::Read(io::Error::from_raw_os_error(libc::EIO)).into(),
             RestoreError::Refused(refused(libc::ENOMEM)),
             clock::FrequencyError::Kvm(refused(libc::EINTR)).into(),
@@ -242,9 +309,44 @@ mod tests {
                 cause: io::Error::from_raw_os_error(libc::EAGAIN),
             })
             .into(),
+            RestoreError::Vcpus {
+                wanted: 9,
+                saved: 1,
+                possible: 8,
+            },
         ];
         for error in hosts {
             assert!(!error.is_the_images(), "{error}");
+        }
+    }
+
+    #[test]
+    fn vcpus_are_those_that_the_guest_knows_of() {
+        let machine = |saved, possible_vcpus| state::Machine {
+            vcpus: vec![state::Vcpu::default(); saved],
+            possible_vcpus,
+            ..Default::default()
+        };
+        for (saved, possible, wanted, given) in [
+            (1, 8, 0, (1, 8)),
+            (1, 8, 1, (1, 8)),
+            (1, 8, 8, (8, 8)),
+            (2, 0, 0, (2, 2)),
+            (2, 0, 2, (2, 2)),
+            (64, 64, 64, (64, 64)),
+        ] {
+            let machine = machine(saved, possible);
+            assert_eq!(vcpus(&machine, wanted).unwrap(), given);
+        }
+        for (saved, possible, wanted) in [(1, 8, 9), (1, 8, 256), (4, 8, 2), (1, 0, 2)] {
+            let error = vcpus(&machine(saved, possible), wanted).unwrap_err();
+            assert!(error.is_of_size(), "{error}");
+            let named = format!("vcpus: {wanted} is not between {saved}");
+            assert!(error.to_string().starts_with(&named), "{error}");
+        }
+        for (saved, possible) in [(0, 0), (0, 8), (65, 0), (3, 2), (1, 65), (1, 256)] {
+            let error = vcpus(&machine(saved, possible), 0).unwrap_err();
+            assert!(error.is_the_images(), "{error}");
         }
     }
 }

@@ -27,6 +27,8 @@ use crate::{
 pub enum SaveError {
     #[error("the machine is not paused")]
     NotPaused,
+    #[error("the machine has more memory or vCPUs than it was restored from")]
+    Grown,
     #[error("{field}: not an empty regular file")]
     NotEmpty { field: &'static str },
     #[error(transparent)]
@@ -59,6 +61,9 @@ impl Vm {
         }
         if !self.vcpus.paused() {
             return Err(SaveError::NotPaused);
+        }
+        if self.grown {
+            return Err(SaveError::Grown);
         }
         let mut pci = self.pci.lock().unwrap_or_else(PoisonError::into_inner);
         pci.stop();
@@ -93,6 +98,7 @@ impl Vm {
             vcpus,
             bus: Some(bus).into(),
             console: Some(console).into(),
+            possible_vcpus: self.possible_vcpus.into(),
             ..Default::default()
         };
         state::write(state, &machine).map_err(SaveError::Write)

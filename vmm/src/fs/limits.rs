@@ -74,7 +74,7 @@ fn raise_open_files() -> io::Result<libc::rlim_t> {
     set(WANTED).or_else(|_| set(limit.rlim_max))
 }
 
-/// The number of descriptors the guest may make the server hold.
+/// The number of descriptors the guest may make the server hold, or of anything else that costs.
 pub(super) struct Budget {
     left: AtomicUsize,
     /// With less than this left, nothing is spent on what the guest did not ask for by name.
@@ -94,7 +94,7 @@ impl Budget {
         self.left.load(Ordering::Relaxed) > self.low
     }
 
-    /// Permission to hold one descriptor; ENFILE when the guest has used up its share.
+    /// Permission to hold one; ENFILE when the guest has used up its share.
     pub(super) fn take(self: &Arc<Budget>) -> Result<Permit, Errno> {
         self.left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {

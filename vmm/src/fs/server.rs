@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::VolatileSlice;
 
+use super::dirs::KEPT_AHEAD;
 use super::handle::HandleTable;
 use super::inode::{Found, Key, Node, NodeTable};
 use super::limits::{self, Budget, Permit};
@@ -34,6 +35,8 @@ pub struct FileServer {
     pub(super) nodes: NodeTable,
     pub(super) handles: HandleTable,
     pub(super) budget: Arc<Budget>,
+    /// For directories that keep what was read ahead.
+    pub(super) read_ahead: Arc<Budget>,
     /// The entries of the root directory: the roots of the shares.
     pub(super) shares: RwLock<BTreeMap<String, Arc<Node>>>,
     pub(super) next_share: AtomicU64,
@@ -56,6 +59,7 @@ impl FileServer {
             nodes: NodeTable::new(),
             handles: HandleTable::new(),
             budget,
+            read_ahead: Budget::new(KEPT_AHEAD),
             shares: RwLock::default(),
             next_share: AtomicU64::new(1),
             submounts: AtomicBool::new(false),

@@ -295,6 +295,9 @@ fn the_guest_cannot_use_up_the_descriptors() {
         permits.push(permit);
     }
     assert_eq!(client.open(node, libc::O_RDONLY).unwrap_err(), libc::ENFILE);
+    for dir in [host.root, ROOT_ID] {
+        assert_eq!(client.opendir(dir).unwrap_err(), libc::ENFILE);
+    }
     assert_eq!(
         client.mkdir(host.root, "dir", 0o755, 0).unwrap_err(),
         libc::ENFILE

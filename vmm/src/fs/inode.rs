@@ -53,7 +53,8 @@ impl Key {
 pub(super) struct Found {
     pub(super) share: Arc<Share>,
     pub(super) place: OwnedFd,
-    pub(super) permit: Permit,
+    /// None for the root of a share: that is not the guest's.
+    pub(super) permit: Option<Permit>,
     pub(super) mode: u32,
     pub(super) mount: u64,
     /// The guest is to see it as the root of a file system of its own.
@@ -73,7 +74,7 @@ pub(super) struct Node {
     place: OwnedFd,
     written: AtomicBool,
     linked: AtomicBool,
-    _permit: Permit,
+    _permit: Option<Permit>,
 }
 
 impl Node {

@@ -2,8 +2,8 @@
 //!
 //! Every inode the guest knows and every file it has open costs one, and with it an inode that the
 //! host's kernel cannot drop: about a kilobyte that no limit of the pod accounts for. So a guest gets
-//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); the VMM
-//! itself never runs out.
+//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); what it
+//! knows it can go on with, and the VMM itself never runs out.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};

@@ -106,7 +106,7 @@ impl FileServer {
             act(&parent)?;
         }
         parent.share.note_write();
-        let (node, stat) = self.enter_with(&parent, name, permit)?;
+        let (node, stat) = self.enter_with(&parent, name, Some(permit))?;
         Ok(Answer::of(&self.entry(&node, &stat)))
     }
 
@@ -126,7 +126,7 @@ impl FileServer {
         match made {
             Ok(file) => self.created(&parent, name, file, &asked, (permit, file_permit)),
             Err(Errno(libc::EEXIST)) if asked.flags & libc::O_EXCL as u32 == 0 => {
-                let (node, stat) = self.enter_with(&parent, name, permit)?;
+                let (node, stat) = self.enter_with(&parent, name, Some(permit))?;
                 if !node.is_file() {
                     // The guest's kernel looks again, and goes about it the right way.
                     self.nodes.forget(node.id, 1);
@@ -167,7 +167,7 @@ impl FileServer {
     ) -> Result<Answer, Errno> {
         // By way of the file itself: the name may be another's by now.
         let place = self.links.open(file.as_fd(), libc::O_PATH)?;
-        let (node, stat) = self.admit(parent, name, place, permit)?;
+        let (node, stat) = self.admit(parent, name, place, Some(permit))?;
         self.opened(node, &stat, file, asked, file_permit)
     }
 

@@ -82,7 +82,6 @@ impl FileServer {
             name: name.to_owned(),
             cause: cause.into(),
         };
-        let permit = self.budget.take().map_err(failed)?;
         let stat = sys::statx(root.as_fd()).map_err(failed)?;
         let mode = u32::from(stat.stx_mode);
         if !matches!(mode & libc::S_IFMT, libc::S_IFDIR | libc::S_IFREG) {
@@ -96,7 +95,7 @@ impl FileServer {
         let found = Found {
             share,
             place: root,
-            permit,
+            permit: None,
             mode,
             mount,
             submount,
@@ -301,39 +300,49 @@ impl FileServer {
 
     /// Looks `name` up in `parent`; the guest is going to be told.
     pub(super) fn enter(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Stat), Errno> {
-        self.enter_with(parent, name, self.budget.take()?)
+        self.enter_with(parent, name, None)
     }
 
-    /// The same with a permit that was taken before.
+    /// The same, and if it is new with a permit that was taken before.
     pub(super) fn enter_with(
         &self,
         parent: &Node,
         name: &CStr,
-        permit: Permit,
+        permit: Option<Permit>,
     ) -> Result<(Arc<Node>, Stat), Errno> {
         let place = sys::open_place(parent.place(), name)?;
         self.admit(parent, name, place, permit)
     }
 
-    /// Makes `place`, which was found as `name` in `parent`, an inode the guest is told of.
+    /// Makes `place`, which was found as `name` in `parent`, an inode the guest is told of. Only a new
+    /// one takes a permit: what the guest knows it can go on with when it has used them up.
     pub(super) fn admit(
         &self,
         parent: &Node,
         name: &CStr,
         place: OwnedFd,
-        permit: Permit,
+        permit: Option<Permit>,
     ) -> Result<(Arc<Node>, Stat), Errno> {
         let stat = sys::statx(place.as_fd())?;
         let at = (parent.id, name);
         let share = parent.share.clone();
         let (key, twin) = overlay::key(&self.nodes, &self.links, &share, at, place.as_fd(), &stat);
+        if let Some(known) = self.nodes.by_key(&key) {
+            if self.nodes.tell_again(known.id).is_ok() {
+                return Ok((known, stat));
+            }
+        }
+        let permit = match permit {
+            Some(permit) => permit,
+            None => self.budget.take()?,
+        };
         let mode = u32::from(stat.stx_mode);
         let mount = stat.stx_mnt_id;
         let submount = mount != parent.mount && mode & libc::S_IFMT == libc::S_IFDIR;
         let found = Found {
             share,
             place,
-            permit,
+            permit: Some(permit),
             mode,
             mount,
             submount,

@@ -309,3 +309,36 @@ fn the_guest_cannot_use_up_the_descriptors() {
     permits.pop();
     assert!(client.open(node, libc::O_RDONLY).is_ok());
 }
+
+#[test]
+fn a_guest_without_descriptors_goes_on_with_what_it_knows() {
+    let host = Host::new();
+    let client = host.client();
+    for name in ["known", "new"] {
+        fs::write(host.path(name), "").unwrap();
+    }
+    let known = client.walk(host.root, "known").unwrap();
+    let mut permits = Vec::new();
+    while let Ok(permit) = host.server.budget.take() {
+        permits.push(permit);
+    }
+    assert_eq!(client.walk(host.root, "known").unwrap(), known);
+    assert_eq!(client.lookup(host.root, "new").unwrap_err(), libc::ENFILE);
+    assert_eq!(client.lookup(host.root, "none").unwrap().nodeid, 0);
+    // Told twice, forgotten twice.
+    client.forget(known, 1);
+    assert!(client.getattr(known).is_ok());
+    client.forget(known, 1);
+    assert_eq!(client.getattr(known).unwrap_err(), libc::ESTALE);
+    permits.extend(host.server.budget.take());
+    // Nor is another container kept out.
+    let other = scratch();
+    host.server.share("other", clone_of(&other), true).unwrap();
+    fs::remove_dir_all(other).unwrap();
+    assert!(client.walk(ROOT_ID, "other").is_ok());
+    host.server.unshare("other").unwrap();
+    assert!(
+        host.server.budget.take().is_err(),
+        "a share is not charged for"
+    );
+}

@@ -85,7 +85,7 @@ impl FileServer {
             && !node.share.exclusive;
         let flags = if appends { RWF_APPEND } else { 0 };
         let _ordinary = WithoutFsetid::enter_if(asked.write_flags & WRITE_KILL_SUIDGID != 0)?;
-        node.share.note_write();
+        node.note_change();
         let file = handle.file(&self.links);
         let written = request.data().write_to(file.as_fd(), asked.offset, flags)?;
         Ok(Answer::of(&WriteOut {
@@ -138,7 +138,7 @@ impl FileServer {
         let (offset, length) = (wide(asked.offset)?, wide(asked.length)?);
         // The request does not say whether the caller has CAP_FSETID; root has, as a rule.
         let _ordinary = WithoutFsetid::enter_if(request.header.uid != 0)?;
-        handle.node.share.note_write();
+        handle.node.note_change();
         let file = handle.file(&self.links);
         sys::fallocate(file.as_fd(), asked.mode as c_int, offset, length)?;
         Ok(Answer::Empty)
@@ -153,7 +153,7 @@ impl FileServer {
         let len = asked.len.min(MAX_COPY) as usize;
         // As in fallocate.
         let _ordinary = WithoutFsetid::enter_if(request.header.uid != 0)?;
-        to.node.share.note_write();
+        to.node.note_change();
         let (from, to) = (from.file(&self.links), to.file(&self.links));
         let copied = sys::copy_file_range(from.as_fd(), from_at, to.as_fd(), to_at, len)?;
         Ok(Answer::of(&WriteOut {
@@ -168,10 +168,10 @@ impl FileServer {
         Ok(Answer::Empty)
     }
 
-    /// Syncs the file system that `node` is on, unless nothing was written to its share: an
+    /// Syncs the file system that `node` is on, unless nothing was written to it: an
     /// unmount in the guest asks as well, and the host's file system is not only ours.
     pub(super) fn sync_share(&self, node: &Node) -> Result<(), Errno> {
-        if !node.share.take_written() {
+        if !node.share.take_written(node.mount) {
             return Ok(());
         }
         let synced = match node.is_dir() {
@@ -179,6 +179,6 @@ impl FileServer {
             false => self.open_file(node, libc::O_RDONLY),
         }
         .and_then(|file| sys::syncfs(file.as_fd()));
-        synced.inspect_err(|_| node.share.note_write())
+        synced.inspect_err(|_| node.note_change())
     }
 }

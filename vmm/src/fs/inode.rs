@@ -94,7 +94,12 @@ impl Node {
     /// became known: see [`super::handle::FileHandle`].
     pub(super) fn note_write(&self) {
         self.written.store(true, Ordering::Release);
-        self.share.note_write();
+        self.note_change();
+    }
+
+    /// Notes that something was changed where the node is: see [`Share::note_write`].
+    pub(super) fn note_change(&self) {
+        self.share.note_write(self.mount);
     }
 
     pub(super) fn was_written(&self) -> bool {

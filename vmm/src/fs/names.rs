@@ -105,7 +105,7 @@ impl FileServer {
             let _caller = AsCaller::enter(request.header.uid, request.header.gid, umask)?;
             act(&parent)?;
         }
-        parent.share.note_write();
+        parent.note_change();
         let (node, stat) = self.enter_with(&parent, name, Some(permit))?;
         Ok(Answer::of(&self.entry(&node, &stat)))
     }
@@ -209,7 +209,7 @@ impl FileServer {
             return Err(Errno(libc::EXDEV));
         }
         self.links.link(node.place(), parent.place(), name)?;
-        node.share.note_write();
+        node.note_change();
         node.note_link();
         overlay::settle(&self.nodes, &node);
         let stat = sys::statx(node.place())?;
@@ -226,7 +226,7 @@ impl FileServer {
         let name = request.args().name()?;
         let parent = self.parent(request.header.nodeid)?;
         sys::unlinkat(parent.place(), name, flags)?;
-        parent.share.note_write();
+        parent.note_change();
         Ok(Answer::Empty)
     }
 
@@ -267,7 +267,7 @@ impl FileServer {
             _ => Some(AsCaller::enter(request.header.uid, request.header.gid, 0)?),
         };
         sys::renameat2(from.place(), name, to.place(), new_name, flags)?;
-        from.share.note_write();
+        from.note_change();
         Ok(Answer::Empty)
     }
 }

@@ -360,10 +360,17 @@ fn status(code: Code, message: impl ToString) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 
-/// The one connection, which tells when the client has closed it.
+/// The one connection, which tells when the client has closed it: when there is nothing more to be read,
+/// when an answer cannot be given any more, and when the server lets go of it for whatever reason.
 struct Connection {
     stream: UnixStream,
     closed: Arc<Notify>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.closed.notify_one();
+    }
 }
 
 impl AsyncRead for Connection {
@@ -392,7 +399,12 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        // The server reads no more after that, and first waits for the requests that are under way.
+        if matches!(result, Poll::Ready(Err(_))) {
+            self.closed.notify_one();
+        }
+        result
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -420,7 +432,43 @@ impl<T: Unpin> Stream for Once<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().build().unwrap()
+    }
+
+    /// The VMM must not outlive its client, however it notices.
+    #[test]
+    fn the_end_of_the_connection_shows_in_every_way() {
+        runtime().block_on(async {
+            for way in ["read", "write", "drop"] {
+                let (client, machine) = StdUnixStream::pair().unwrap();
+                machine.set_nonblocking(true).unwrap();
+                let closed = Arc::<Notify>::default();
+                let mut connection = Connection {
+                    stream: UnixStream::from_std(machine).unwrap(),
+                    closed: Arc::clone(&closed),
+                };
+                let notified =
+                    || tokio::time::timeout(Duration::from_millis(20), closed.notified());
+                connection.write_all(b"answer").await.unwrap();
+                assert!(notified().await.is_err(), "{way}");
+                drop(client);
+                match way {
+                    "read" => drop(connection.read(&mut [0; 8]).await),
+                    "write" => assert!(connection.write_all(b"answer").await.is_err()),
+                    _ => drop(connection),
+                }
+                assert!(notified().await.is_ok(), "{way}");
+            }
+        });
+    }
 
     #[test]
     fn share_names_are_plain() {

@@ -126,6 +126,11 @@ impl VirtioDevice for FsDevice {
         queues
     }
 
+    /// On a vCPU's thread, with the bus locked.
+    fn reset(&mut self) {
+        self.server.reset();
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
         let in_the_way = |what| InTheWay { device: NAME, what };
         let saved = self.server.save().map_err(in_the_way)?;
@@ -285,7 +290,28 @@ impl Serving {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::VolatileSlice;
+
     use super::*;
+
+    /// A guest's kernel that crashes, or is replaced by another, takes no leave of the file server.
+    #[test]
+    fn a_driver_that_resets_the_device_has_nothing_open() {
+        let server = Arc::new(FileServer::new().unwrap());
+        let mut device = FsDevice::new(Arc::clone(&server), Ending::default());
+        // OPENDIR of the root directory.
+        let mut request = [0_u8; 40 + 8];
+        request[0] = 48;
+        request[4] = 27;
+        request[16] = 1;
+        let mut reply = [0_u8; 16 + 16];
+        let request = [VolatileSlice::from(&mut request[..])];
+        let written = server.handle(&request, &[VolatileSlice::from(&mut reply[..])]);
+        assert_eq!((written.unwrap(), reply[4..8] == [0; 4]), (32, true));
+        assert!(device.save().is_err());
+        device.reset();
+        device.save().unwrap();
+    }
 
     #[test]
     fn a_worker_that_the_host_holds_up_is_not_waited_for_for_ever() {

@@ -294,17 +294,16 @@ impl NodeTable {
         drop(gone);
     }
 
-    /// Forgets all but the roots of shares: the guest has unmounted, or starts anew.
-    pub(super) fn forget_all(&self) {
+    /// Forgets all but the roots of shares: the guest has unmounted, or starts anew. They are for the
+    /// caller to close.
+    pub(super) fn take_all(&self) -> Vec<Arc<Node>> {
         let mut state = self.write();
         let ids: Vec<u64> = state
             .nodes
             .iter()
             .filter_map(|(id, entry)| entry.lookups.is_some().then_some(*id))
             .collect();
-        let gone: Vec<_> = ids.into_iter().map(|id| state.remove(id)).collect();
-        drop(state);
-        drop(gone);
+        ids.into_iter().filter_map(|id| state.remove(id)).collect()
     }
 
     /// Inodes known, share roots too.

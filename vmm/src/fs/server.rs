@@ -264,10 +264,22 @@ impl FileServer {
         }))
     }
 
-    /// The guest's driver is gone or starts anew: it knows nothing and has nothing open.
+    /// The guest's file system is gone or starts anew: it knows nothing and has nothing open.
     fn forget_guest(&self) {
-        self.handles.close_all();
-        self.nodes.forget_all();
+        drop((self.handles.take_all(), self.nodes.take_all()));
+    }
+
+    /// The guest's driver is gone, without a word of its file system's. Never waits for the host: what
+    /// was open is closed on a thread of its own.
+    pub fn reset(&self) {
+        let gone = (self.handles.take_all(), self.nodes.take_all());
+        if gone.0.is_empty() && gone.1.is_empty() {
+            return;
+        }
+        // Where there can be no thread, the closure is dropped right here.
+        let _ = std::thread::Builder::new()
+            .name("fs-close".to_owned())
+            .spawn(move || drop(gone));
     }
 
     /// The root of the share of that name.

@@ -268,8 +268,11 @@ impl Machine for MachineService {
         request: UnshareRequest,
     ) -> ttrpc::Result<UnshareResponse> {
         self.vm()?;
-        self.files
-            .unshare(&request.name)
+        // Closes files, which can take the host its time (NFS).
+        let files = Arc::clone(&self.files);
+        tokio::task::spawn_blocking(move || files.unshare(&request.name))
+            .await
+            .map_err(|e| status(Code::INTERNAL, e))?
             .map_err(|e| share_status(&e))?;
         Ok(UnshareResponse::new())
     }

@@ -82,7 +82,8 @@ impl FileServer {
             name: name.to_owned(),
             cause: cause.into(),
         };
-        let stat = sys::statx(root.as_fd()).map_err(failed)?;
+        // The caller may have no time for a server that does not answer.
+        let stat = sys::statx_known(root.as_fd()).map_err(failed)?;
         let mode = u32::from(stat.stx_mode);
         if !matches!(mode & libc::S_IFMT, libc::S_IFDIR | libc::S_IFREG) {
             return Err(ShareError::NotDirOrFile(name.to_owned()));
@@ -110,7 +111,8 @@ impl FileServer {
     }
 
     /// Takes the share away. When this returns, no new request finds anything of it (ESTALE), and
-    /// its descriptors are closed but for those of requests that are under way.
+    /// its descriptors are closed but for those of requests that are under way: that can take as long
+    /// as the host takes to close them.
     ///
     /// # Errors
     /// There is no share of that name.

@@ -9,7 +9,7 @@ use super::handle::{FileHandle, Handle, writes};
 use super::inode::Node;
 use super::message::{Answer, Reply, Request};
 use super::overlay;
-use super::server::FileServer;
+use super::server::{FileServer, MAX_TRANSFER};
 use super::sys::{self, Errno};
 use super::wire::{
     self, FSYNC_FDATASYNC, OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut,
@@ -65,6 +65,9 @@ impl FileServer {
 
     pub(super) fn read(&self, request: &Request<'_>, reply: &Reply<'_>) -> Result<Answer, Errno> {
         let asked: wire::ReadIn = request.args().take()?;
+        if asked.size > MAX_TRANSFER {
+            return Err(Errno(libc::EINVAL));
+        }
         let handle = self.handles.file(asked.fh, request.header.nodeid)?;
         let file = handle.file(&self.links);
         let room = reply.data(asked.size as usize)?;
@@ -74,7 +77,7 @@ impl FileServer {
 
     pub(super) fn write(&self, request: &Request<'_>) -> Result<Answer, Errno> {
         let asked: wire::WriteIn = request.args().take()?;
-        if asked.size as usize != request.data().len() {
+        if asked.size as usize != request.data().len() || asked.size > MAX_TRANSFER {
             return Err(Errno(libc::EINVAL));
         }
         let handle = self.handles.file(asked.fh, request.header.nodeid)?;

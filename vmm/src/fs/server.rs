@@ -25,7 +25,7 @@ use super::{BadRequest, FsError, ShareError};
 /// The largest WRITE and READ: 256 pages, the most the guest's kernel makes of one request. It
 /// makes less of it when the virtqueue is shorter than 260 entries.
 const PAGES_PER_REQUEST: u16 = 256;
-const MAX_TRANSFER: u32 = PAGES_PER_REQUEST as u32 * 4096;
+pub(super) const MAX_TRANSFER: u32 = PAGES_PER_REQUEST as u32 * 4096;
 /// Requests the guest's kernel may have under way without anyone waiting (readahead).
 const MAX_BACKGROUND: u16 = 64;
 

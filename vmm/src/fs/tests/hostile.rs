@@ -342,3 +342,19 @@ fn a_guest_without_descriptors_goes_on_with_what_it_knows() {
         "a share is not charged for"
     );
 }
+
+/// No request may hold up the others, and a device that is stopped, for longer than it must.
+#[test]
+fn transfers_are_no_longer_than_agreed_on() {
+    const AGREED: usize = 1 << 20;
+    let host = Host::new();
+    let client = host.client();
+    let made = client.create(host.root, "file", libc::O_RDWR, (0o644, 0));
+    let (file, fh) = made.map(|(entry, open)| (entry.nodeid, open.fh)).unwrap();
+    let data = vec![1; AGREED + 1];
+    assert_eq!(client.write(file, fh, 0, &data).unwrap_err(), libc::EINVAL);
+    assert_eq!(client.write(file, fh, 0, &data[1..]).unwrap(), 1 << 20);
+    let read = |size| client.read(file, fh, 0, size).map(|data| data.len());
+    assert_eq!(read(AGREED as u32), Ok(AGREED));
+    assert_eq!(read(AGREED as u32 + 1), Err(libc::EINVAL));
+}

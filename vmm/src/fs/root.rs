@@ -1,7 +1,7 @@
 //! The root directory (node id 1): synthetic, read-only, its entries are the shares.
 //!
-//! Its names are believed for no time at all: shares come and go without the guest being told. Only
-//! attributes are believed for a tick, as everywhere.
+//! Its names and attributes are believed for no time at all: shares come and go without the guest
+//! being told.
 
 use std::sync::Arc;
 

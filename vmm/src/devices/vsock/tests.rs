@@ -499,7 +499,6 @@ fn a_clone_that_never_runs_leaves_the_agents_socket_as_it_was() {
     let activation = Activation {
         ram: ram.clone(),
         queues: queues.into(),
-        features: 0,
     };
     clone.activate(activation).unwrap();
     drop(clone);
@@ -574,7 +573,6 @@ fn a_device_whose_thread_cannot_start_stays_as_it_was() {
         queues: [0, 0x1_0000, 0x2_0000]
             .map(|start| queue(&ram, start).1)
             .into(),
-        features: 0,
     };
     let memory = std::fs::read_to_string("/proc/self/statm").unwrap();
     let pages: u64 = memory.split(' ').next().unwrap().parse().unwrap();

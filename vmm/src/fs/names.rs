@@ -261,6 +261,10 @@ impl FileServer {
         if from.share.id != to.share.id {
             return Err(Errno(libc::EXDEV));
         }
+        let mut moved = overlay::namesakes(&self.nodes, &from, name).to_vec();
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            moved.extend(overlay::namesakes(&self.nodes, &to, new_name));
+        }
         // A whiteout is a new inode, and the caller's.
         let _caller = match flags & libc::RENAME_WHITEOUT {
             0 => None,
@@ -268,6 +272,9 @@ impl FileServer {
         };
         sys::renameat2(from.place(), name, to.place(), new_name, flags)?;
         from.note_change();
+        for node in moved.iter().flatten() {
+            overlay::settle(&self.nodes, node);
+        }
         Ok(Answer::Empty)
     }
 }

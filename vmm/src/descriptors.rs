@@ -124,11 +124,12 @@ fn descriptors_of(message: &libc::msghdr) -> Vec<OwnedFd> {
     descriptors
 }
 
+/// A client's side, for tests.
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     use super::*;
 
-    fn pair() -> (OwnedFd, Descriptors) {
+    pub(crate) fn pair() -> (OwnedFd, Descriptors) {
         let mut fds = [0; 2];
         // SAFETY: room for two descriptors, which are new and ours.
         unsafe {
@@ -144,7 +145,7 @@ mod tests {
         }
     }
 
-    fn send(channel: &OwnedFd, bytes: &[u8], descriptors: &[RawFd]) {
+    pub(crate) fn send(channel: &OwnedFd, bytes: &[u8], descriptors: &[RawFd]) {
         let mut control = [0u64; 8];
         let mut iovec = libc::iovec {
             iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -170,6 +171,11 @@ mod tests {
             assert!(libc::sendmsg(channel.as_raw_fd(), &message, 0) >= 0);
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{testing::*, *};
 
     #[test]
     fn descriptors_are_found_by_token_once() {

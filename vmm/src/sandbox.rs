@@ -5,7 +5,8 @@
 //! everything else comes by descriptor. The steps, in the order that matters:
 //!
 //! 1. descriptors and environment: nothing inherited by accident;
-//! 2. no core dumps (they would hold the guest's memory), not dumpable, no new privileges;
+//! 2. no core dumps (they would hold the guest's memory), and nothing in them; not dumpable, no new
+//!    privileges;
 //! 3. a mount namespace of its own, an empty root in it, and no way back to the host's: not to
 //!    procfs, sysfs or cgroupfs either, whose files ask for the uid and not for a capability;
 //! 4. *(to come)* Landlock, then the user namespace, dropped capabilities, seccomp: in this order,
@@ -13,7 +14,7 @@
 
 use std::{
     ffi::CStr,
-    io,
+    fs, io,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
     ptr,
 };
@@ -84,6 +85,10 @@ fn harden_process() -> Result<(), SandboxError> {
     // SAFETY: a valid rlimit.
     let limited = unsafe { libc::setrlimit(libc::RLIMIT_CORE, &none) };
     check("setrlimit(RLIMIT_CORE)", limited.into())?;
+    empty_core_dumps().map_err(|cause| SandboxError {
+        step: "write /proc/self/coredump_filter",
+        cause,
+    })?;
     for (step, option, value) in [
         ("prctl(PR_SET_DUMPABLE)", libc::PR_SET_DUMPABLE, 0),
         ("prctl(PR_SET_NO_NEW_PRIVS)", libc::PR_SET_NO_NEW_PRIVS, 1),
@@ -92,6 +97,17 @@ fn harden_process() -> Result<(), SandboxError> {
         check(step, unsafe { libc::prctl(option, value, 0, 0, 0) }.into())?;
     }
     Ok(())
+}
+
+/// Leaves no memory for a core dump to hold (core(5)). A handler that core_pattern pipes to is given one
+/// whatever the limit; and the process stays not dumpable only where fs.suid_dumpable says so, for
+/// the file server changes its file system uid.
+fn empty_core_dumps() -> io::Result<()> {
+    match fs::write("/proc/self/coredump_filter", "0") {
+        // A kernel that makes no core dumps.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
 }
 
 /// Makes an empty, read-only tmpfs the root, in a mount namespace that no other process shares.
@@ -200,5 +216,17 @@ fn check(step: &'static str, result: libc::c_long) -> Result<libc::c_long, Sandb
             step,
             cause: io::Error::last_os_error(),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_core_dump_would_hold_no_memory() {
+        empty_core_dumps().unwrap();
+        let filter = fs::read_to_string("/proc/self/coredump_filter").unwrap();
+        assert_eq!(filter.trim(), "00000000");
     }
 }

@@ -144,6 +144,12 @@ impl MachineService {
     }
 
     fn config(&self, request: BootRequest) -> ttrpc::Result<Config> {
+        // All are taken before anything is looked at: what a refused request leaves lies there for good.
+        let kvm = self.take("kvm_fd", request.kvm_fd);
+        let kernel = self.take("kernel_fd", request.kernel_fd);
+        let initrd = self.take("initrd_fd", request.initrd_fd);
+        let agent = self.take("agent_fd", request.agent_fd);
+        self.no_vm_yet()?;
         let vcpus = u8::try_from(request.vcpus)
             .ok()
             .filter(|vcpus| (1..=crate::vm::VCPUS_MAX).contains(vcpus))
@@ -159,10 +165,10 @@ impl MachineService {
                 })?,
         };
         Ok(Config {
-            kvm: self.take("kvm_fd", request.kvm_fd)?,
-            kernel: File::from(self.take("kernel_fd", request.kernel_fd)?),
-            initrd: File::from(self.take("initrd_fd", request.initrd_fd)?),
-            agent: self.take("agent_fd", request.agent_fd)?,
+            kvm: kvm?,
+            kernel: kernel?.into(),
+            initrd: initrd?.into(),
+            agent: agent?,
             memory_bytes: request.memory_bytes,
             vcpus,
             possible_vcpus,
@@ -174,7 +180,6 @@ impl MachineService {
 #[async_trait]
 impl Machine for MachineService {
     async fn boot(&self, _: &TtrpcContext, request: BootRequest) -> ttrpc::Result<BootResponse> {
-        self.no_vm_yet()?;
         // Built right here: nothing else can be asked for before it is.
         let vm = Vm::boot(self.config(request)?, Arc::clone(&self.files))
             .map_err(|e| status(fault(e.is_clients()), e))?;
@@ -187,23 +192,27 @@ impl Machine for MachineService {
         _: &TtrpcContext,
         request: RestoreRequest,
     ) -> ttrpc::Result<RestoreResponse> {
-        self.no_vm_yet()?;
         // The client throws a saved machine away for an INVALID_ARGUMENT. A descriptor that did not
         // come is no fault of it.
         let take = |field, token| {
             let taken = self.receive(field, token).map(File::from);
             taken.map_err(|e| status(Code::INTERNAL, e))
         };
+        let kvm = take("kvm_fd", request.kvm_fd);
+        let memory = take("memory_fd", request.memory_fd);
+        let state = take("state_fd", request.state_fd);
+        let agent = take("agent_fd", request.agent_fd);
         let pages = match request.pages_fd {
             0 => None,
-            token => Some(take("pages_fd", token)?),
+            token => Some(take("pages_fd", token)),
         };
+        self.no_vm_yet()?;
         let config = RestoreConfig {
-            kvm: take("kvm_fd", request.kvm_fd)?.into(),
-            memory: take("memory_fd", request.memory_fd)?,
-            state: take("state_fd", request.state_fd)?,
-            agent: take("agent_fd", request.agent_fd)?.into(),
-            pages,
+            kvm: kvm?.into(),
+            memory: memory?,
+            state: state?,
+            agent: agent?.into(),
+            pages: pages.transpose()?,
             memory_bytes: request.memory_bytes,
             vcpus: request.vcpus,
         };
@@ -223,9 +232,10 @@ impl Machine for MachineService {
     }
 
     async fn save(&self, _: &TtrpcContext, request: SaveRequest) -> ttrpc::Result<SaveResponse> {
+        let memory = self.take("memory_fd", request.memory_fd);
+        let state = self.take("state_fd", request.state_fd);
         let vm = self.live_vm()?;
-        let memory = File::from(self.take("memory_fd", request.memory_fd)?);
-        let state = File::from(self.take("state_fd", request.state_fd)?);
+        let (memory, state) = (File::from(memory?), File::from(state?));
         vm.save(&memory, &state).map_err(|e| {
             let code = match &e {
                 SaveError::NotPaused | SaveError::Grown | SaveError::InTheWay(_) => {
@@ -261,8 +271,8 @@ impl Machine for MachineService {
     }
 
     async fn share(&self, _: &TtrpcContext, request: ShareRequest) -> ttrpc::Result<ShareResponse> {
+        let root = self.take("fd", request.fd);
         self.live_vm()?;
-        let root = self.take("fd", request.fd)?;
         if !is_share_name(&request.name) {
             let message = format!(
                 "name: {:?} is not 1 to {SHARE_NAME_MAX} of [a-z0-9-]",
@@ -271,7 +281,7 @@ impl Machine for MachineService {
             return Err(status(Code::INVALID_ARGUMENT, message));
         }
         self.files
-            .share(&request.name, root, request.exclusive)
+            .share(&request.name, root?, request.exclusive)
             .map_err(|e| share_status(&e))?;
         Ok(ShareResponse::new())
     }
@@ -282,8 +292,11 @@ impl Machine for MachineService {
         request: UnshareRequest,
     ) -> ttrpc::Result<UnshareResponse> {
         self.vm()?;
-        self.files
-            .unshare(&request.name)
+        // Closes files, which can take the host its time (NFS).
+        let files = Arc::clone(&self.files);
+        tokio::task::spawn_blocking(move || files.unshare(&request.name))
+            .await
+            .map_err(|e| status(Code::INTERNAL, e))?
             .map_err(|e| share_status(&e))?;
         Ok(UnshareResponse::new())
     }
@@ -293,13 +306,14 @@ impl Machine for MachineService {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let vm = self.live_vm()?;
-        // All or none: no connection is made of a request that is wrong.
-        let connections = request
+        let connections: Vec<_> = request
             .connections
             .iter()
             .map(|connection| Ok((self.take("fd", connection.fd)?, connection.port)))
-            .collect::<ttrpc::Result<Vec<_>>>()?;
+            .collect();
+        let vm = self.live_vm()?;
+        // All or none: no connection is made of a request that is wrong.
+        let connections: Vec<_> = connections.into_iter().collect::<ttrpc::Result<_>>()?;
         for (socket, port) in connections {
             vm.dialer().dial(socket, port);
         }
@@ -384,10 +398,17 @@ fn status(code: Code, message: impl ToString) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 
-/// The one connection, which tells when the client has closed it.
+/// The one connection, which tells when the client has closed it: when there is nothing more to be read,
+/// when an answer cannot be given any more, and when the server lets go of it for whatever reason.
 struct Connection {
     stream: UnixStream,
     closed: Arc<Notify>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.closed.notify_one();
+    }
 }
 
 impl AsyncRead for Connection {
@@ -416,7 +437,12 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        // The server reads no more after that, and first waits for the requests that are under way.
+        if matches!(result, Poll::Ready(Err(_))) {
+            self.closed.notify_one();
+        }
+        result
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -444,7 +470,113 @@ impl<T: Unpin> Stream for Once<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::{os::fd::AsRawFd, time::Duration};
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+    use crate::descriptors::testing::{pair, send};
+
+    fn runtime() -> tokio::runtime::Runtime {
+        let mut builder = tokio::runtime::Builder::new_current_thread();
+        builder.enable_all().build().unwrap()
+    }
+
+    /// The VMM must not outlive its client, however it notices.
+    #[test]
+    fn the_end_of_the_connection_shows_in_every_way() {
+        runtime().block_on(async {
+            for way in ["read", "write", "drop"] {
+                let (client, machine) = StdUnixStream::pair().unwrap();
+                machine.set_nonblocking(true).unwrap();
+                let closed = Arc::<Notify>::default();
+                let mut connection = Connection {
+                    stream: UnixStream::from_std(machine).unwrap(),
+                    closed: Arc::clone(&closed),
+                };
+                let notified =
+                    || tokio::time::timeout(Duration::from_millis(20), closed.notified());
+                connection.write_all(b"answer").await.unwrap();
+                assert!(notified().await.is_err(), "{way}");
+                drop(client);
+                match way {
+                    "read" => drop(connection.read(&mut [0; 8]).await),
+                    "write" => assert!(connection.write_all(b"answer").await.is_err()),
+                    _ => drop(connection),
+                }
+                assert!(notified().await.is_ok(), "{way}");
+            }
+        });
+    }
+
+    /// The client goes on after a refusal. Were its descriptors kept, they would stay open for good, and
+    /// in the end there would be no room for others.
+    #[test]
+    fn a_refused_request_leaves_no_descriptor_behind() {
+        let (client, descriptors) = pair();
+        let service = MachineService {
+            descriptors: Mutex::new(descriptors),
+            files: Arc::new(FileServer::new().unwrap()),
+            vm: OnceLock::new(),
+        };
+        let context = TtrpcContext::default();
+        // Token 9 does not come, and there is no machine to share with.
+        let boot = |kvm_fd, vcpus| BootRequest {
+            kvm_fd,
+            kernel_fd: 2,
+            initrd_fd: 3,
+            agent_fd: 4,
+            vcpus,
+            ..Default::default()
+        };
+        let restore = RestoreRequest {
+            kvm_fd: 9,
+            memory_fd: 1,
+            state_fd: 2,
+            agent_fd: 3,
+            pages_fd: 4,
+            ..Default::default()
+        };
+        let save = SaveRequest {
+            memory_fd: 9,
+            state_fd: 1,
+            ..Default::default()
+        };
+        let share = ShareRequest {
+            fd: 1,
+            ..Default::default()
+        };
+        let connection = |fd| husk_proto::machine::Connection {
+            fd,
+            ..Default::default()
+        };
+        let connect = ConnectRequest {
+            connections: [9, 1].map(connection).to_vec(),
+            ..Default::default()
+        };
+        type Asked<'a> = Pin<Box<dyn Future<Output = bool> + 'a>>;
+        let (s, c) = (&service, &context);
+        let requests: [(u64, Asked<'_>); 6] = [
+            (4, Box::pin(async { s.boot(c, boot(1, 0)).await.is_err() })),
+            (4, Box::pin(async { s.boot(c, boot(9, 1)).await.is_err() })),
+            (4, Box::pin(async { s.restore(c, restore).await.is_err() })),
+            (1, Box::pin(async { s.save(c, save).await.is_err() })),
+            (1, Box::pin(async { s.share(c, share).await.is_err() })),
+            (1, Box::pin(async { s.connect(c, connect).await.is_err() })),
+        ];
+        for (at, (sent, refused)) in requests.into_iter().enumerate() {
+            for token in 1..=sent {
+                send(&client, &token.to_le_bytes(), &[client.as_raw_fd()]);
+            }
+            assert!(runtime().block_on(refused));
+            let mut descriptors = service.descriptors.lock().unwrap();
+            for token in 1..=sent {
+                let kept = descriptors.take("fd", token).is_ok();
+                // The second Boot was sent one more than it names.
+                assert_eq!(kept, (at, token) == (1, 1), "request {at}, token {token}");
+            }
+        }
+    }
 
     #[test]
     fn share_names_are_plain() {

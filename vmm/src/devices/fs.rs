@@ -11,7 +11,7 @@ use std::{
         mpsc::{self, Receiver, RecvTimeoutError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use husk_proto::SHARES_TAG;
@@ -37,7 +37,7 @@ const QUEUE_SIZES: [u16; 1 + REQUEST_QUEUES as usize] = [16, 128];
 const TAG_SIZE: usize = 36;
 /// For the host to answer what is under way when the device is stopped. Whoever stops it holds the
 /// PCI bus, which every vCPU may be waiting for.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(7);
 
 /// The device; its files are those of the server.
 pub struct FsDevice {
@@ -107,23 +107,27 @@ impl VirtioDevice for FsDevice {
     }
 
     fn stop(&mut self) -> Vec<Queue> {
-        let stuck = |worker: Worker| {
-            let name = worker.name;
-            worker.stop(PATIENCE).map_err(|cause| DeviceError::Host {
-                device: NAME,
-                call: name,
-                cause,
-            })
-        };
         let mut queues = Vec::new();
-        for stopped in self.workers.drain(..).map(stuck) {
+        for (name, stopped) in stop_all(std::mem::take(&mut self.workers), PATIENCE) {
             match stopped {
                 Ok(queue) => queues.push(queue),
                 // Its thread may yet write to guest memory, so there is no going on.
-                Err(e) => self.ending.report(Cause::DeviceError, e),
+                Err(cause) => self.ending.report(
+                    Cause::DeviceError,
+                    DeviceError::Host {
+                        device: NAME,
+                        call: name,
+                        cause,
+                    },
+                ),
             }
         }
         queues
+    }
+
+    /// On a vCPU's thread, with the bus locked.
+    fn reset(&mut self) {
+        self.server.reset();
     }
 
     fn save(&mut self) -> Result<Vec<u8>, InTheWay> {
@@ -186,17 +190,30 @@ impl Worker {
         })
     }
 
-    /// Has the thread end, and waits for it no longer than `patience`.
-    fn stop(self, patience: Duration) -> io::Result<Queue> {
+    /// Asks the thread to end.
+    fn ask(&self) -> io::Result<()> {
         self.stopping.store(true, Ordering::SeqCst);
-        self.doorbell.write(1)?;
-        self.ended.recv_timeout(patience).map_err(|e| match e {
-            RecvTimeoutError::Timeout => io::Error::other(format!(
-                "a file operation of the host has not returned for {patience:?}"
-            )),
-            RecvTimeoutError::Disconnected => io::Error::other("its thread died"),
-        })
+        self.doorbell.write(1)
     }
+}
+
+/// Has the threads end, and waits for all of them together no longer than `patience`.
+fn stop_all(workers: Vec<Worker>, patience: Duration) -> Vec<(&'static str, io::Result<Queue>)> {
+    let deadline = Instant::now() + patience;
+    let asked: Vec<_> = workers.iter().map(Worker::ask).collect();
+    let ended = workers.iter().zip(asked).map(|(worker, asked)| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let ended = asked.and_then(|()| {
+            worker.ended.recv_timeout(left).map_err(|e| match e {
+                RecvTimeoutError::Timeout => io::Error::other(format!(
+                    "a file operation of the host has not returned for {patience:?}"
+                )),
+                RecvTimeoutError::Disconnected => io::Error::other("its thread died"),
+            })
+        });
+        (worker.name, ended)
+    });
+    ended.collect()
 }
 
 /// What a worker's thread owns.
@@ -285,18 +302,51 @@ impl Serving {
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::VolatileSlice;
+
     use super::*;
 
+    /// A guest's kernel that crashes, or is replaced by another, takes no leave of the file server.
     #[test]
-    fn a_worker_that_the_host_holds_up_is_not_waited_for_for_ever() {
-        let (_end, ended) = mpsc::sync_channel(1);
-        let worker = Worker {
-            name: "request",
-            stopping: Arc::default(),
-            doorbell: EventFd::new(0).unwrap(),
-            ended,
-        };
-        let error = worker.stop(Duration::from_millis(10)).err().unwrap();
-        assert!(error.to_string().contains("has not returned"), "{error}");
+    fn a_driver_that_resets_the_device_has_nothing_open() {
+        let server = Arc::new(FileServer::new().unwrap());
+        let mut device = FsDevice::new(Arc::clone(&server), Ending::default());
+        // OPENDIR of the root directory.
+        let mut request = [0_u8; 40 + 8];
+        request[0] = 48;
+        request[4] = 27;
+        request[16] = 1;
+        let mut reply = [0_u8; 16 + 16];
+        let request = [VolatileSlice::from(&mut request[..])];
+        let written = server.handle(&request, &[VolatileSlice::from(&mut reply[..])]);
+        assert_eq!((written.unwrap(), reply[4..8] == [0; 4]), (32, true));
+        assert!(device.save().is_err());
+        device.reset();
+        device.save().unwrap();
+    }
+
+    #[test]
+    fn workers_that_the_host_holds_up_are_not_waited_for_for_ever() {
+        const PATIENCE: Duration = Duration::from_millis(100);
+        let (ends, workers): (Vec<_>, Vec<_>) = (0..20)
+            .map(|_| {
+                let (end, ended) = mpsc::sync_channel::<Queue>(1);
+                let worker = Worker {
+                    name: "request",
+                    stopping: Arc::default(),
+                    doorbell: EventFd::new(0).unwrap(),
+                    ended,
+                };
+                (end, worker)
+            })
+            .unzip();
+        let began = Instant::now();
+        let stopped = stop_all(workers, PATIENCE);
+        assert!(began.elapsed() < PATIENCE * 10, "one after the other");
+        assert_eq!(stopped.len(), ends.len());
+        for (_, stopped) in stopped {
+            let error = stopped.err().unwrap();
+            assert!(error.to_string().contains("has not returned"), "{error}");
+        }
     }
 }

@@ -35,7 +35,7 @@ impl FileServer {
         let asked: wire::SetattrIn = request.args().take()?;
         let node = self.nodes.get(request.header.nodeid)?;
         let has = |flag| asked.valid & flag != 0;
-        node.share.note_write();
+        node.note_change();
         if has(fattr::UID | fattr::GID) {
             let given = |flag, id| if has(flag) { id } else { u32::MAX };
             let (uid, gid) = (given(fattr::UID, asked.uid), given(fattr::GID, asked.gid));

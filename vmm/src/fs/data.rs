@@ -9,7 +9,7 @@ use super::handle::{FileHandle, Handle, writes};
 use super::inode::Node;
 use super::message::{Answer, Reply, Request};
 use super::overlay;
-use super::server::FileServer;
+use super::server::{FileServer, MAX_TRANSFER};
 use super::sys::{self, Errno};
 use super::wire::{
     self, FSYNC_FDATASYNC, OPEN_KILL_SUIDGID, OpenOut, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteOut,
@@ -65,6 +65,9 @@ impl FileServer {
 
     pub(super) fn read(&self, request: &Request<'_>, reply: &Reply<'_>) -> Result<Answer, Errno> {
         let asked: wire::ReadIn = request.args().take()?;
+        if asked.size > MAX_TRANSFER {
+            return Err(Errno(libc::EINVAL));
+        }
         let handle = self.handles.file(asked.fh, request.header.nodeid)?;
         let file = handle.file(&self.links);
         let room = reply.data(asked.size as usize)?;
@@ -74,7 +77,7 @@ impl FileServer {
 
     pub(super) fn write(&self, request: &Request<'_>) -> Result<Answer, Errno> {
         let asked: wire::WriteIn = request.args().take()?;
-        if asked.size as usize != request.data().len() {
+        if asked.size as usize != request.data().len() || asked.size > MAX_TRANSFER {
             return Err(Errno(libc::EINVAL));
         }
         let handle = self.handles.file(asked.fh, request.header.nodeid)?;
@@ -85,7 +88,7 @@ impl FileServer {
             && !node.share.exclusive;
         let flags = if appends { RWF_APPEND } else { 0 };
         let _ordinary = WithoutFsetid::enter_if(asked.write_flags & WRITE_KILL_SUIDGID != 0)?;
-        node.share.note_write();
+        node.note_change();
         let file = handle.file(&self.links);
         let written = request.data().write_to(file.as_fd(), asked.offset, flags)?;
         Ok(Answer::of(&WriteOut {
@@ -138,7 +141,7 @@ impl FileServer {
         let (offset, length) = (wide(asked.offset)?, wide(asked.length)?);
         // The request does not say whether the caller has CAP_FSETID; root has, as a rule.
         let _ordinary = WithoutFsetid::enter_if(request.header.uid != 0)?;
-        handle.node.share.note_write();
+        handle.node.note_change();
         let file = handle.file(&self.links);
         sys::fallocate(file.as_fd(), asked.mode as c_int, offset, length)?;
         Ok(Answer::Empty)
@@ -153,7 +156,7 @@ impl FileServer {
         let len = asked.len.min(MAX_COPY) as usize;
         // As in fallocate.
         let _ordinary = WithoutFsetid::enter_if(request.header.uid != 0)?;
-        to.node.share.note_write();
+        to.node.note_change();
         let (from, to) = (from.file(&self.links), to.file(&self.links));
         let copied = sys::copy_file_range(from.as_fd(), from_at, to.as_fd(), to_at, len)?;
         Ok(Answer::of(&WriteOut {
@@ -168,10 +171,10 @@ impl FileServer {
         Ok(Answer::Empty)
     }
 
-    /// Syncs the file system that `node` is on, unless nothing was written to its share: an
+    /// Syncs the file system that `node` is on, unless nothing was written to it: an
     /// unmount in the guest asks as well, and the host's file system is not only ours.
     pub(super) fn sync_share(&self, node: &Node) -> Result<(), Errno> {
-        if !node.share.take_written() {
+        if !node.share.take_written(node.mount) {
             return Ok(());
         }
         let synced = match node.is_dir() {
@@ -179,6 +182,6 @@ impl FileServer {
             false => self.open_file(node, libc::O_RDONLY),
         }
         .and_then(|file| sys::syncfs(file.as_fd()));
-        synced.inspect_err(|_| node.share.note_write())
+        synced.inspect_err(|_| node.note_change())
     }
 }

@@ -9,6 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, PoisonError};
 
 use super::handle::{DirHandle, Handle};
+use super::limits::{Budget, Permit};
 use super::message::{Answer, Reply, Request};
 use super::server::FileServer;
 use super::sys::{self, Errno};
@@ -16,6 +17,9 @@ use super::wire::{self, Dirent, EntryOut, FSYNC_FDATASYNC, OpenOut};
 
 /// Bytes of entries asked of the host at once.
 const READ_AHEAD: usize = 32 << 10;
+/// Open directories that keep what was read ahead; the others read it again. A guest may have as many
+/// directories open as its budget has descriptors, and would fill gigabytes of this process with them.
+pub(super) const KEPT_AHEAD: usize = 256;
 /// The largest reply.
 const MAX_LISTING: usize = 1 << 20;
 
@@ -49,7 +53,20 @@ impl FileServer {
         let handle = self.handles.dir(asked.fh, request.header.nodeid)?;
         let mut out = Listing::new(asked.size, reply, plus)?;
         let mut stream = handle.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.seek(handle.dir(), asked.offset)?;
+        let listed = self.fill(&mut out, &handle, &mut stream, asked.offset);
+        stream.rest(&self.read_ahead);
+        listed.map(|()| out.answer())
+    }
+
+    /// Puts into `out` what fits of the entries from `offset` on.
+    fn fill(
+        &self,
+        out: &mut Listing,
+        handle: &DirHandle,
+        stream: &mut DirStream,
+        offset: u64,
+    ) -> Result<(), Errno> {
+        stream.seek(handle.dir(), offset)?;
         loop {
             let entry = match stream.peek(handle.dir()) {
                 Ok(Some(entry)) => entry,
@@ -63,7 +80,7 @@ impl FileServer {
             }
             let (mut ino, mut told) = (entry.ino, EntryOut::default());
             let dots = matches!(entry.name.to_bytes(), b"." | b"..");
-            if plus && !dots && self.budget.is_ample() {
+            if out.plus && !dots && self.budget.is_ample() {
                 match self.enter(&handle.node, entry.name) {
                     Ok((node, stat)) => {
                         ino = stat.stx_ino;
@@ -81,7 +98,7 @@ impl FileServer {
             out.push(entry.name.to_bytes(), ino, entry.off, entry.kind, told);
             stream.advance();
         }
-        Ok(out.answer())
+        Ok(())
     }
 
     pub(super) fn fsyncdir(&self, request: &Request<'_>) -> Result<Answer, Errno> {
@@ -169,23 +186,37 @@ struct HostEntry<'a> {
 }
 
 /// Where an open directory is: entries read from the host and not yet told.
-#[derive(Default)]
 pub(super) struct DirStream {
     buffer: Vec<u8>,
     at: usize,
     /// Of the entry at `at`: its length, and the offset after it.
     current: (usize, u64),
-    /// The offset the guest will ask for when it goes on from here.
-    offset: u64,
+    /// The offset the guest will ask for when it goes on from here; `None` when the host's directory
+    /// is elsewhere.
+    offset: Option<u64>,
+    /// For `buffer` to be kept from one request to the next: one of [`KEPT_AHEAD`].
+    kept: Option<Permit>,
+}
+
+impl Default for DirStream {
+    fn default() -> DirStream {
+        DirStream {
+            buffer: Vec::new(),
+            at: 0,
+            current: (0, 0),
+            offset: Some(0),
+            kept: None,
+        }
+    }
 }
 
 impl DirStream {
     fn seek(&mut self, dir: BorrowedFd<'_>, offset: u64) -> Result<(), Errno> {
-        if self.offset != offset {
+        if self.offset != Some(offset) {
             sys::lseek(dir, offset, libc::SEEK_SET)?;
             self.buffer.clear();
             self.at = 0;
-            self.offset = offset;
+            self.offset = Some(offset);
         }
         Ok(())
     }
@@ -211,7 +242,28 @@ impl DirStream {
     fn advance(&mut self) {
         let (len, off) = self.current;
         self.at += len;
-        self.offset = off;
+        self.offset = Some(off);
+    }
+
+    /// A request is over: keeps what was read ahead where one of `spare` is left, or lets go of it.
+    fn rest(&mut self, spare: &Arc<Budget>) {
+        if self.at < self.buffer.len() {
+            self.kept = self.kept.take().or_else(|| spare.take().ok());
+            if self.kept.is_some() {
+                return;
+            }
+            // What is let go of must be read again.
+            self.offset = None;
+        }
+        self.buffer = Vec::new();
+        self.at = 0;
+        self.kept = None;
+    }
+
+    /// Bytes of memory it has.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.buffer.capacity()
     }
 }
 

@@ -205,8 +205,8 @@ impl HandleTable {
         drop::<HashMap<u64, Handle>>(gone);
     }
 
-    /// Closes everything.
-    pub(super) fn close_all(&self) {
-        drop(self.with(|open| std::mem::take(&mut open.handles)));
+    /// Takes everything out, for the caller to close.
+    pub(super) fn take_all(&self) -> HashMap<u64, Handle> {
+        self.with(|open| std::mem::take(&mut open.handles))
     }
 }

@@ -53,7 +53,8 @@ impl Key {
 pub(super) struct Found {
     pub(super) share: Arc<Share>,
     pub(super) place: OwnedFd,
-    pub(super) permit: Permit,
+    /// None for the root of a share: that is not the guest's.
+    pub(super) permit: Option<Permit>,
     pub(super) mode: u32,
     pub(super) mount: u64,
     /// The guest is to see it as the root of a file system of its own.
@@ -73,7 +74,7 @@ pub(super) struct Node {
     place: OwnedFd,
     written: AtomicBool,
     linked: AtomicBool,
-    _permit: Permit,
+    _permit: Option<Permit>,
 }
 
 impl Node {
@@ -93,7 +94,12 @@ impl Node {
     /// became known: see [`super::handle::FileHandle`].
     pub(super) fn note_write(&self) {
         self.written.store(true, Ordering::Release);
-        self.share.note_write();
+        self.note_change();
+    }
+
+    /// Notes that something was changed where the node is: see [`Share::note_write`].
+    pub(super) fn note_change(&self) {
+        self.share.note_write(self.mount);
     }
 
     pub(super) fn was_written(&self) -> bool {
@@ -288,17 +294,16 @@ impl NodeTable {
         drop(gone);
     }
 
-    /// Forgets all but the roots of shares: the guest has unmounted, or starts anew.
-    pub(super) fn forget_all(&self) {
+    /// Forgets all but the roots of shares: the guest has unmounted, or starts anew. They are for the
+    /// caller to close.
+    pub(super) fn take_all(&self) -> Vec<Arc<Node>> {
         let mut state = self.write();
         let ids: Vec<u64> = state
             .nodes
             .iter()
             .filter_map(|(id, entry)| entry.lookups.is_some().then_some(*id))
             .collect();
-        let gone: Vec<_> = ids.into_iter().map(|id| state.remove(id)).collect();
-        drop(state);
-        drop(gone);
+        ids.into_iter().filter_map(|id| state.remove(id)).collect()
     }
 
     /// Inodes known, share roots too.

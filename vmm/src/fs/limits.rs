@@ -2,8 +2,8 @@
 //!
 //! Every inode the guest knows and every file it has open costs one, and with it an inode that the
 //! host's kernel cannot drop: about a kilobyte that no limit of the pod accounts for. So a guest gets
-//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); the VMM
-//! itself never runs out.
+//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); what it
+//! knows it can go on with, and the VMM itself never runs out.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -74,7 +74,7 @@ fn raise_open_files() -> io::Result<libc::rlim_t> {
     set(WANTED).or_else(|_| set(limit.rlim_max))
 }
 
-/// The number of descriptors the guest may make the server hold.
+/// The number of descriptors the guest may make the server hold, or of anything else that costs.
 pub(super) struct Budget {
     left: AtomicUsize,
     /// With less than this left, nothing is spent on what the guest did not ask for by name.
@@ -94,7 +94,7 @@ impl Budget {
         self.left.load(Ordering::Relaxed) > self.low
     }
 
-    /// Permission to hold one descriptor; ENFILE when the guest has used up its share.
+    /// Permission to hold one; ENFILE when the guest has used up its share.
     pub(super) fn take(self: &Arc<Budget>) -> Result<Permit, Errno> {
         self.left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {

@@ -105,8 +105,8 @@ impl FileServer {
             let _caller = AsCaller::enter(request.header.uid, request.header.gid, umask)?;
             act(&parent)?;
         }
-        parent.share.note_write();
-        let (node, stat) = self.enter_with(&parent, name, permit)?;
+        parent.note_change();
+        let (node, stat) = self.enter_with(&parent, name, Some(permit))?;
         Ok(Answer::of(&self.entry(&node, &stat)))
     }
 
@@ -126,7 +126,7 @@ impl FileServer {
         match made {
             Ok(file) => self.created(&parent, name, file, &asked, (permit, file_permit)),
             Err(Errno(libc::EEXIST)) if asked.flags & libc::O_EXCL as u32 == 0 => {
-                let (node, stat) = self.enter_with(&parent, name, permit)?;
+                let (node, stat) = self.enter_with(&parent, name, Some(permit))?;
                 if !node.is_file() {
                     // The guest's kernel looks again, and goes about it the right way.
                     self.nodes.forget(node.id, 1);
@@ -167,7 +167,7 @@ impl FileServer {
     ) -> Result<Answer, Errno> {
         // By way of the file itself: the name may be another's by now.
         let place = self.links.open(file.as_fd(), libc::O_PATH)?;
-        let (node, stat) = self.admit(parent, name, place, permit)?;
+        let (node, stat) = self.admit(parent, name, place, Some(permit))?;
         self.opened(node, &stat, file, asked, file_permit)
     }
 
@@ -209,7 +209,7 @@ impl FileServer {
             return Err(Errno(libc::EXDEV));
         }
         self.links.link(node.place(), parent.place(), name)?;
-        node.share.note_write();
+        node.note_change();
         node.note_link();
         overlay::settle(&self.nodes, &node);
         let stat = sys::statx(node.place())?;
@@ -226,7 +226,7 @@ impl FileServer {
         let name = request.args().name()?;
         let parent = self.parent(request.header.nodeid)?;
         sys::unlinkat(parent.place(), name, flags)?;
-        parent.share.note_write();
+        parent.note_change();
         Ok(Answer::Empty)
     }
 
@@ -261,13 +261,20 @@ impl FileServer {
         if from.share.id != to.share.id {
             return Err(Errno(libc::EXDEV));
         }
+        let mut moved = overlay::namesakes(&self.nodes, &from, name).to_vec();
+        if flags & libc::RENAME_EXCHANGE != 0 {
+            moved.extend(overlay::namesakes(&self.nodes, &to, new_name));
+        }
         // A whiteout is a new inode, and the caller's.
         let _caller = match flags & libc::RENAME_WHITEOUT {
             0 => None,
             _ => Some(AsCaller::enter(request.header.uid, request.header.gid, 0)?),
         };
         sys::renameat2(from.place(), name, to.place(), new_name, flags)?;
-        from.share.note_write();
+        from.note_change();
+        for node in moved.iter().flatten() {
+            overlay::settle(&self.nodes, node);
+        }
         Ok(Answer::Empty)
     }
 }

@@ -8,11 +8,12 @@
 //! Links of the *upper* layer are one file with one number, as anywhere. The two cases never share
 //! a number, so one comparison decides: a flock(2) taken through one name is in the way of the
 //! other only when they are one inode. The lock lives for microseconds, between descriptors of our
-//! own, and the guest's locks never get to the host. What is no regular file cannot be locked: it
-//! counts as another unless this server has made the link.
+//! own, and the guest's locks never get to the host. What is no regular file cannot be locked: each
+//! name of it counts as a file of its own, known by that name, unless this server has made the link.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use super::inode::{Key, Node, NodeTable};
 use super::self_fd::SelfFd;
@@ -33,21 +34,37 @@ pub(super) fn key(
     if !may_be_twins(place, stat) {
         return (by_number, false);
     }
+    let is_file = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFREG;
     let same = |known: &Node| known.was_linked() || same_file(links, known.place(), place);
     let known = nodes.by_key(&by_number);
     if known.as_deref().is_some_and(same) {
         return (by_number, true);
     }
     let by_name = Key::name(parent, name);
+    let same = |namesake: &Node| match is_file {
+        true => same_file(links, namesake.place(), place),
+        false => sys::statx(namesake.place())
+            .is_ok_and(|stat| Key::inode(&namesake.share, &stat) == by_number),
+    };
     match (known, nodes.by_key(&by_name)) {
-        (_, Some(namesake)) if same_file(links, namesake.place(), place) => (by_name, true),
-        (None, _) => (by_number, true),
-        (Some(_twin), None) => (by_name, true),
-        (Some(_twin), Some(gone)) => {
+        (_, Some(namesake)) if same(&namesake) => (by_name, true),
+        (None, _) if is_file => (by_number, true),
+        (_, None) => (by_name, true),
+        (_, Some(gone)) => {
             nodes.set_key(gone.id, None);
             (by_name, true)
         }
     }
+}
+
+/// The nodes that `name` in `parent` may be known as, for [`settle`] after a change by name.
+pub(super) fn namesakes(nodes: &NodeTable, parent: &Node, name: &CStr) -> [Option<Arc<Node>>; 2] {
+    let by_number = || {
+        let place = sys::open_place(parent.place(), name).ok()?;
+        let stat = sys::statx(place.as_fd()).ok()?;
+        nodes.by_key(&Key::inode(&parent.share, &stat))
+    };
+    [nodes.by_key(&Key::name(parent.id, name)), by_number()]
 }
 
 /// Gives `node` the key it has now, after a change that may have copied it up.
@@ -58,6 +75,10 @@ pub(super) fn settle(nodes: &NodeTable, node: &Node) {
     let Ok(stat) = sys::statx(node.place()) else {
         return;
     };
+    if stat.stx_nlink > 1 && !node.is_file() && !node.was_linked() {
+        // Its number does not tell yet.
+        return;
+    }
     let key = Key::inode(&node.share, &stat);
     if nodes.by_key(&key).is_none() {
         nodes.set_key(node.id, Some(key));

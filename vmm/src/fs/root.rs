@@ -1,12 +1,13 @@
 //! The root directory (node id 1): synthetic, read-only, its entries are the shares.
 //!
-//! Its names are believed for no time at all: shares come and go without the guest being told. Only
-//! attributes are believed for a tick, as everywhere.
+//! Its names and attributes are believed for no time at all: shares come and go without the guest
+//! being told.
 
 use std::sync::Arc;
 
 use super::dirs::Listing;
 use super::handle::Handle;
+use super::limits::Permit;
 use super::message::{Answer, Reply, Request};
 use super::server::FileServer;
 use super::sys::{self, Errno};
@@ -15,7 +16,10 @@ use super::wire::{self, Attr, AttrOut, EntryOut, ROOT_ID, StatfsOut, StatxOut, o
 const MODE: u32 = libc::S_IFDIR | 0o555;
 
 /// The root directory as it was when it was opened.
-pub(super) struct RootListing(Vec<(String, u32)>);
+pub(super) struct RootListing {
+    entries: Vec<(String, u32)>,
+    _permit: Permit,
+}
 
 impl FileServer {
     /// Any operation on the root directory.
@@ -90,7 +94,9 @@ impl FileServer {
     }
 
     fn root_open(&self) -> Result<Answer, Errno> {
-        let listing = self.share_roots().into_iter().map(|(name, root)| {
+        // No descriptor, but as much memory.
+        let permit = self.budget.take()?;
+        let entries = self.share_roots().into_iter().map(|(name, root)| {
             let kind = if root.is_dir() {
                 libc::DT_DIR
             } else {
@@ -98,9 +104,11 @@ impl FileServer {
             };
             (name, u32::from(kind))
         });
-        let fh = self
-            .handles
-            .add(Handle::Root(Arc::new(RootListing(listing.collect()))))?;
+        let listing = RootListing {
+            entries: entries.collect(),
+            _permit: permit,
+        };
+        let fh = self.handles.add(Handle::Root(Arc::new(listing)))?;
         Ok(Answer::of(&wire::OpenOut {
             fh,
             ..Default::default()
@@ -117,7 +125,7 @@ impl FileServer {
         let listing = self.handles.root(asked.fh)?;
         let mut out = Listing::new(asked.size, reply, plus)?;
         let skip = usize::try_from(asked.offset).unwrap_or(usize::MAX);
-        for (at, (name, kind)) in listing.0.iter().enumerate().skip(skip) {
+        for (at, (name, kind)) in listing.entries.iter().enumerate().skip(skip) {
             let off = at as u64 + 1;
             // The number is of no use before the entry is looked up.
             if !out.push(name.as_bytes(), ROOT_ID, off, *kind, EntryOut::default()) {

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::VolatileSlice;
 
+use super::dirs::KEPT_AHEAD;
 use super::handle::HandleTable;
 use super::inode::{Found, Key, Node, NodeTable};
 use super::limits::{self, Budget, Permit};
@@ -24,7 +25,7 @@ use super::{BadRequest, FsError, ShareError};
 /// The largest WRITE and READ: 256 pages, the most the guest's kernel makes of one request. It
 /// makes less of it when the virtqueue is shorter than 260 entries.
 const PAGES_PER_REQUEST: u16 = 256;
-const MAX_TRANSFER: u32 = PAGES_PER_REQUEST as u32 * 4096;
+pub(super) const MAX_TRANSFER: u32 = PAGES_PER_REQUEST as u32 * 4096;
 /// Requests the guest's kernel may have under way without anyone waiting (readahead).
 const MAX_BACKGROUND: u16 = 64;
 
@@ -34,6 +35,8 @@ pub struct FileServer {
     pub(super) nodes: NodeTable,
     pub(super) handles: HandleTable,
     pub(super) budget: Arc<Budget>,
+    /// For directories that keep what was read ahead.
+    pub(super) read_ahead: Arc<Budget>,
     /// The entries of the root directory: the roots of the shares.
     pub(super) shares: RwLock<BTreeMap<String, Arc<Node>>>,
     pub(super) next_share: AtomicU64,
@@ -56,6 +59,7 @@ impl FileServer {
             nodes: NodeTable::new(),
             handles: HandleTable::new(),
             budget,
+            read_ahead: Budget::new(KEPT_AHEAD),
             shares: RwLock::default(),
             next_share: AtomicU64::new(1),
             submounts: AtomicBool::new(false),
@@ -78,8 +82,8 @@ impl FileServer {
             name: name.to_owned(),
             cause: cause.into(),
         };
-        let permit = self.budget.take().map_err(failed)?;
-        let stat = sys::statx(root.as_fd()).map_err(failed)?;
+        // The caller may have no time for a server that does not answer.
+        let stat = sys::statx_known(root.as_fd()).map_err(failed)?;
         let mode = u32::from(stat.stx_mode);
         if !matches!(mode & libc::S_IFMT, libc::S_IFDIR | libc::S_IFREG) {
             return Err(ShareError::NotDirOrFile(name.to_owned()));
@@ -92,7 +96,7 @@ impl FileServer {
         let found = Found {
             share,
             place: root,
-            permit,
+            permit: None,
             mode,
             mount,
             submount,
@@ -107,7 +111,8 @@ impl FileServer {
     }
 
     /// Takes the share away. When this returns, no new request finds anything of it (ESTALE), and
-    /// its descriptors are closed but for those of requests that are under way.
+    /// its descriptors are closed but for those of requests that are under way: that can take as long
+    /// as the host takes to close them.
     ///
     /// # Errors
     /// There is no share of that name.
@@ -261,10 +266,22 @@ impl FileServer {
         }))
     }
 
-    /// The guest's driver is gone or starts anew: it knows nothing and has nothing open.
+    /// The guest's file system is gone or starts anew: it knows nothing and has nothing open.
     fn forget_guest(&self) {
-        self.handles.close_all();
-        self.nodes.forget_all();
+        drop((self.handles.take_all(), self.nodes.take_all()));
+    }
+
+    /// The guest's driver is gone, without a word of its file system's. Never waits for the host: what
+    /// was open is closed on a thread of its own.
+    pub fn reset(&self) {
+        let gone = (self.handles.take_all(), self.nodes.take_all());
+        if gone.0.is_empty() && gone.1.is_empty() {
+            return;
+        }
+        // Where there can be no thread, the closure is dropped right here.
+        let _ = std::thread::Builder::new()
+            .name("fs-close".to_owned())
+            .spawn(move || drop(gone));
     }
 
     /// The root of the share of that name.
@@ -297,39 +314,49 @@ impl FileServer {
 
     /// Looks `name` up in `parent`; the guest is going to be told.
     pub(super) fn enter(&self, parent: &Node, name: &CStr) -> Result<(Arc<Node>, Stat), Errno> {
-        self.enter_with(parent, name, self.budget.take()?)
+        self.enter_with(parent, name, None)
     }
 
-    /// The same with a permit that was taken before.
+    /// The same, and if it is new with a permit that was taken before.
     pub(super) fn enter_with(
         &self,
         parent: &Node,
         name: &CStr,
-        permit: Permit,
+        permit: Option<Permit>,
     ) -> Result<(Arc<Node>, Stat), Errno> {
         let place = sys::open_place(parent.place(), name)?;
         self.admit(parent, name, place, permit)
     }
 
-    /// Makes `place`, which was found as `name` in `parent`, an inode the guest is told of.
+    /// Makes `place`, which was found as `name` in `parent`, an inode the guest is told of. Only a new
+    /// one takes a permit: what the guest knows it can go on with when it has used them up.
     pub(super) fn admit(
         &self,
         parent: &Node,
         name: &CStr,
         place: OwnedFd,
-        permit: Permit,
+        permit: Option<Permit>,
     ) -> Result<(Arc<Node>, Stat), Errno> {
         let stat = sys::statx(place.as_fd())?;
         let at = (parent.id, name);
         let share = parent.share.clone();
         let (key, twin) = overlay::key(&self.nodes, &self.links, &share, at, place.as_fd(), &stat);
+        if let Some(known) = self.nodes.by_key(&key) {
+            if self.nodes.tell_again(known.id).is_ok() {
+                return Ok((known, stat));
+            }
+        }
+        let permit = match permit {
+            Some(permit) => permit,
+            None => self.budget.take()?,
+        };
         let mode = u32::from(stat.stx_mode);
         let mount = stat.stx_mnt_id;
         let submount = mount != parent.mount && mode & libc::S_IFMT == libc::S_IFDIR;
         let found = Found {
             share,
             place,
-            permit,
+            permit: Some(permit),
             mode,
             mount,
             submount,

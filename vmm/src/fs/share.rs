@@ -10,7 +10,9 @@
 //! * otherwise: names and attributes are believed for one tick of the guest's clock, enough that
 //!   one path walk asks once for each component, and data until the next open.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::sys::Stat;
 use super::wire::{FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH};
@@ -28,7 +30,9 @@ pub(super) struct Share {
     pub(super) id: u64,
     pub(super) exclusive: bool,
     revoked: AtomicBool,
-    written: AtomicBool,
+    /// Mounts of the subtree that something was changed on. In the guest each is a file system of its
+    /// own, which is synced by itself.
+    written: Mutex<BTreeSet<u64>>,
 }
 
 impl Share {
@@ -37,7 +41,7 @@ impl Share {
             id,
             exclusive,
             revoked: AtomicBool::new(false),
-            written: AtomicBool::new(false),
+            written: Mutex::default(),
         }
     }
 
@@ -50,14 +54,18 @@ impl Share {
         self.revoked.load(Ordering::Acquire)
     }
 
-    /// Notes that something was changed, so that the next SYNCFS has something to do.
-    pub(super) fn note_write(&self) {
-        self.written.store(true, Ordering::Relaxed);
+    fn written(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True when something was changed since the last call.
-    pub(super) fn take_written(&self) -> bool {
-        self.written.swap(false, Ordering::Relaxed)
+    /// Notes that something was changed on `mount`, so that its next SYNCFS has something to do.
+    pub(super) fn note_write(&self, mount: u64) {
+        self.written().insert(mount);
+    }
+
+    /// True when something was changed on `mount` since the last call.
+    pub(super) fn take_written(&self, mount: u64) -> bool {
+        self.written().remove(&mount)
     }
 
     /// How long a name may be believed.

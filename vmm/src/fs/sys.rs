@@ -110,13 +110,22 @@ pub(super) fn clone_mount(path: &CStr) -> Result<OwnedFd, Errno> {
 }
 
 pub(super) fn statx(file: BorrowedFd<'_>) -> Result<Stat, Errno> {
+    statx_with(file, 0)
+}
+
+/// What this host knows of `file`, without asking the server that it may be on.
+pub(super) fn statx_known(file: BorrowedFd<'_>) -> Result<Stat, Errno> {
+    statx_with(file, libc::AT_STATX_DONT_SYNC)
+}
+
+fn statx_with(file: BorrowedFd<'_>, flags: c_int) -> Result<Stat, Errno> {
     let mut stat = MaybeUninit::<Stat>::zeroed();
     // SAFETY: an empty path with AT_EMPTY_PATH, and room for one statx.
     done(|| unsafe {
         c_long::from(libc::statx(
             file.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW,
+            libc::AT_EMPTY_PATH | libc::AT_SYMLINK_NOFOLLOW | flags,
             STAT_MASK,
             stat.as_mut_ptr(),
         ))

@@ -64,8 +64,6 @@ wire! {
     ForgetIn [8] { nlookup: u64 }
     ForgetOne [16] { nodeid: u64, nlookup: u64 }
     BatchForgetIn [8] { count: u32, dummy: u32 }
-    GetattrIn [16] { getattr_flags: u32, dummy: u32, fh: u64 }
-    StatxIn [24] { getattr_flags: u32, reserved: u32, fh: u64, sx_flags: u32, sx_mask: u32 }
     StatxTime [16] { sec: i64, nsec: u32, reserved: i32 }
     /// fuse_statx, bit for bit statx(2)'s.
     Statx [256] {
@@ -136,7 +134,6 @@ pub(super) const MINOR: u32 = 41;
 pub(super) const OLDEST_MINOR: u32 = 33;
 
 /// enum fuse_opcode.
-#[allow(dead_code)]
 pub(super) mod opcode {
     pub(crate) const LOOKUP: u32 = 1;
     pub(crate) const FORGET: u32 = 2;
@@ -166,10 +163,8 @@ pub(super) mod opcode {
     pub(crate) const READDIR: u32 = 28;
     pub(crate) const RELEASEDIR: u32 = 29;
     pub(crate) const FSYNCDIR: u32 = 30;
-    pub(crate) const ACCESS: u32 = 34;
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const DESTROY: u32 = 38;
-    pub(crate) const IOCTL: u32 = 39;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
     pub(crate) const READDIRPLUS: u32 = 44;

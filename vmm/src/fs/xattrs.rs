@@ -62,7 +62,7 @@ impl FileServer {
         let flags = asked.flags as libc::c_int;
         self.links
             .with_path(node.place(), |path| sys::setxattr(path, name, value, flags))?;
-        node.share.note_write();
+        node.note_change();
         if name == ACCESS_ACL && asked.setxattr_flags & SETXATTR_ACL_KILL_SGID != 0 {
             let mode = u32::from(sys::statx(node.place())?.stx_mode) & 0o7777;
             if mode & libc::S_ISGID != 0 {
@@ -79,7 +79,7 @@ impl FileServer {
         may_change(name)?;
         self.links
             .with_path(node.place(), |path| sys::removexattr(path, name))?;
-        node.share.note_write();
+        node.note_change();
         overlay::settle(&self.nodes, &node);
         Ok(Answer::Empty)
     }

@@ -1,7 +1,7 @@
 //! The PCI bus: one bus, configured by ports 0xcf8 and 0xcfc ("mechanism #1", PCI 3.0 §3.2.2.3.2).
 //!
-//! Owned by the VM behind one lock and used on the vCPUs' threads. Doorbells and interrupts do not
-//! come here: they go between KVM and the devices' threads.
+//! Owned by the VM behind one lock and used on the vCPUs' threads. Interrupts and the doorbells of
+//! devices with threads do not come here: they go between KVM and those threads.
 
 pub mod config;
 pub mod msix;

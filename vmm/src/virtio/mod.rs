@@ -59,8 +59,6 @@ pub struct Activation {
     pub ram: GuestRam,
     /// One for each of [`Kind::queues`], in order, ready.
     pub queues: Vec<Queue>,
-    /// The feature bits that both sides accepted.
-    pub features: u64,
 }
 
 /// Why a device cannot go on.

@@ -77,6 +77,7 @@ impl Ending {
     }
 
     /// The end, if it has come.
+    #[cfg(test)]
     pub fn get(&self) -> Option<End> {
         self.end.borrow().clone()
     }

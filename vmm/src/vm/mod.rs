@@ -291,26 +291,29 @@ impl Chassis {
 
     /// Lets the vCPUs run. On an error none has, and no device works on.
     fn start(self, vcpus: Vec<Vcpu>, possible_vcpus: u8) -> Result<Vm, BuildError> {
-        let coalesced = coalesce(&self.fd, vcpus.first().map(|vcpu| &vcpu.fd))?;
+        let coalesced = coalesce(&self.fd, vcpus.first().map(|vcpu| &vcpu.fd));
         let pci = Arc::new(Mutex::new(self.pci));
-        let bus = GuestBus {
-            pci: Arc::clone(&pci),
-            console: Arc::clone(&self.console),
-            reset_port: ResetPort {
-                ending: self.ending.clone(),
+        let started = coalesced.and_then(|coalesced| {
+            let bus = GuestBus {
+                pci: Arc::clone(&pci),
                 console: Arc::clone(&self.console),
-            },
-            coalesced,
-        };
-        let vcpus = Vcpus::start(vcpus, bus, self.ending.clone());
-        if vcpus.is_err() {
-            // The threads of vCPUs that there are hold on to them yet.
+                reset_port: ResetPort {
+                    ending: self.ending.clone(),
+                    console: Arc::clone(&self.console),
+                },
+                coalesced,
+            };
+            Vcpus::start(vcpus, bus, self.ending.clone())
+        });
+        if started.is_err() {
+            // Those of a restored machine work already, and the threads of vCPUs that there are hold on
+            // to them yet.
             pci.lock().unwrap_or_else(PoisonError::into_inner).stop();
         }
         Ok(Vm {
             kvm: self.kvm,
             fd: self.fd,
-            vcpus: vcpus?,
+            vcpus: started?,
             pci,
             console: self.console,
             dialer: self.dialer,

@@ -18,7 +18,7 @@ use std::{
 
 use kvm_bindings::{CpuId, KVM_CAP_PRE_FAULT_MEMORY, KVMIO};
 use kvm_ioctls::{Kvm, VcpuFd};
-use vmm_sys_util::{ioctl::ioctl_with_ref, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl::ioctl_with_mut_ref, ioctl_iowr_nr};
 
 use super::{
     BuildError, Chassis, VCPUS_MAX, Vcpu, Vm, clock, cpuid, create_vcpu, create_vm, open,
@@ -206,15 +206,16 @@ fn prefetch(chassis: &Chassis, vcpu: &VcpuFd, pages: &File) {
         > 0;
     let runs = image::read_prefetch(pages);
     image::prefetch(&chassis.ram, &runs, |gpa, size| {
-        let range = PreFault {
+        let mut range = PreFault {
             gpa,
             size,
             flags: 0,
             padding: [0; 5],
         };
         if can {
-            // SAFETY: the structure is live and laid out as KVM has it; it names guest memory alone.
-            let result = unsafe { ioctl_with_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &range) };
+            // SAFETY: the structure is live and laid out as KVM has it, which writes back how far it
+            // came; it names guest memory alone.
+            let result = unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) };
             // Without nested paging there is no table to be filled.
             can = result == 0;
         }

@@ -30,9 +30,12 @@ use super::{
     bus::GuestBus,
     ending::{Cause, Ending},
 };
+use crate::devices;
 
-/// How long vCPUs may take to notice the gate. They only ever hold out in a device's code.
-const GATE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long vCPUs may take to notice the gate. They only ever hold out in a device's code, or wait for
+/// the one that does: longest where the guest resets a device whose thread waits for the host. The client
+/// waits 10 s for an answer.
+const GATE_TIMEOUT: Duration = Duration::from_secs(devices::fs::PATIENCE.as_secs() + 1);
 
 /// What the vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -20,6 +20,15 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// KVM's own registers, where the list of MSRs should lack them: clocks, steal time, end of
 /// interrupt, polling (Linux `Documentation/virt/kvm/x86/msr.rst`).
 const MSR_KVM: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d08;
+/// The guest's memory types (Intel SDM volume 3, 12.11.2), which KVM has and does not list: variable ranges
+/// (KVM has 8), fixed ranges, the default.
+const MSR_MTRRS: [std::ops::RangeInclusive<u32>; 5] = [
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+];
 
 /// What reading and writing vCPUs needs to know of the host.
 #[derive(Clone)]
@@ -35,15 +44,18 @@ impl Shape {
         let list = kvm
             .get_msr_index_list()
             .map_err(KvmError::of("KVM_GET_MSR_INDEX_LIST"))?;
-        let mut msrs = list.as_slice().to_vec();
-        let kvms = MSR_KVM.filter(|index| !msrs.contains(index));
-        let missing: Vec<u32> = kvms.collect();
-        msrs.extend(missing);
         Ok(Self {
-            msrs,
+            msrs: with_unlisted(list.as_slice()),
             xsave_extra: xsave_extra(vm),
         })
     }
+}
+
+/// All MSRs to be saved on a host that lists these. It need not have the others.
+fn with_unlisted(listed: &[u32]) -> Vec<u32> {
+    let unlisted = MSR_KVM.chain(MSR_MTRRS.into_iter().flatten());
+    let unlisted = unlisted.filter(|index| !listed.contains(index));
+    listed.iter().copied().chain(unlisted).collect()
 }
 
 fn xsave_extra(vm: &VmFd) -> usize {
@@ -239,5 +251,16 @@ mod tests {
             keep_timer(&mut msrs);
             assert_eq!(msrs[1].data, kept);
         }
+    }
+
+    /// The default type is set before the kernel starts, see `registers`; a clone's would be "uncacheable".
+    #[test]
+    fn what_kvm_does_not_list_is_saved_too_and_nothing_twice() {
+        let msrs = with_unlisted(&[MSR_IA32_TSC, 0x4b56_4d01, 0x2ff]);
+        for index in [MSR_IA32_TSC, 0x4b56_4d01, 0x4b56_4d08, 0x200, 0x26f, 0x2ff] {
+            let times = msrs.iter().filter(|msr| **msr == index).count();
+            assert_eq!(times, 1, "{index:#x}");
+        }
+        assert_eq!(msrs.len(), 9 + 16 + 1 + 2 + 8 + 1 + 1);
     }
 }

@@ -20,6 +20,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread::{self, JoinHandle},
 };
@@ -105,8 +106,8 @@ pub struct Vsock {
 /// Who owns the connections.
 enum State {
     Inactive(Box<Muxer>),
-    Active(JoinHandle<Thread>),
-    /// The thread could not be joined: the device cannot be used again.
+    Active(JoinHandle<Option<Thread>>),
+    /// The thread has panicked: the device cannot be used again.
     Lost,
 }
 
@@ -181,7 +182,7 @@ impl VirtioDevice for Vsock {
             }
         };
         self.doorway.stopping.store(false, Ordering::SeqCst);
-        let mut owned = Thread {
+        let owned = Thread {
             ram: activation.ram,
             receive,
             transmit,
@@ -190,16 +191,29 @@ impl VirtioDevice for Vsock {
             doorway: Arc::clone(&self.doorway),
         };
         let ending = self.ending.clone();
+        // Handed over once there is a thread: one that cannot be started must not take it along.
+        let (hand_over, handed_over) = mpsc::channel::<Thread>();
         let thread = thread::Builder::new()
             .name(NAME.to_string())
             .spawn(move || {
+                let mut owned = handed_over.recv().ok()?;
                 if let Err(e) = owned.run() {
                     ending.report(Cause::DeviceError, e);
                 }
-                owned
+                Some(owned)
             });
-        self.state = State::Active(thread.map_err(host("start a thread"))?);
-        Ok(())
+        match thread {
+            Ok(thread) => {
+                // It waits for it.
+                let _ = hand_over.send(owned);
+                self.state = State::Active(thread);
+                Ok(())
+            }
+            Err(cause) => {
+                self.state = State::Inactive(owned.muxer);
+                Err(host("start a thread")(cause))
+            }
+        }
     }
 
     fn stop(&mut self) -> Vec<Queue> {
@@ -207,7 +221,7 @@ impl VirtioDevice for Vsock {
             State::Active(thread) => {
                 self.doorway.stopping.store(true, Ordering::SeqCst);
                 self.doorway.wake();
-                let Ok(owned) = thread.join() else {
+                let Ok(Some(owned)) = thread.join() else {
                     return Vec::new();
                 };
                 self.state = State::Inactive(owned.muxer);

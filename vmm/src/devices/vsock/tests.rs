@@ -4,6 +4,7 @@ use std::{
     io::{ErrorKind, Read, Write},
     net::Shutdown,
     os::unix::net::UnixStream,
+    process::Command,
     sync::{Arc, Mutex, atomic::AtomicBool},
 };
 
@@ -498,7 +499,6 @@ fn a_clone_that_never_runs_leaves_the_agents_socket_as_it_was() {
     let activation = Activation {
         ram: ram.clone(),
         queues: queues.into(),
-        features: 0,
     };
     clone.activate(activation).unwrap();
     drop(clone);
@@ -546,4 +546,53 @@ fn only_the_agents_connection_at_rest_is_saved() {
         UnixStream::pair().unwrap().0,
     ));
     assert!(guest.muxer.save().unwrap_err().contains("host has closed"));
+}
+
+/// In a process of its own, which has no room for the stack of another thread.
+#[test]
+fn a_device_whose_thread_cannot_start_stays_as_it_was() {
+    const ALONE: &str = "HUSK_VSOCK_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--nocapture", "--test-threads", "1"])
+            .arg("a_device_whose_thread_cannot_start_stays_as_it_was")
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{output:?}"
+        );
+        return;
+    }
+    let (mut clone, mut host, mut kept) = clone_of_connected();
+    let ram = ram();
+    let activation = || Activation {
+        ram: ram.clone(),
+        queues: [0, 0x1_0000, 0x2_0000]
+            .map(|start| queue(&ram, start).1)
+            .into(),
+    };
+    let memory = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = memory.split(' ').next().unwrap().parse().unwrap();
+    limit_memory(pages * 4096 + (512 << 10));
+    let error = clone.activate(activation()).unwrap_err();
+    assert!(error.to_string().contains("start a thread"), "{error}");
+    assert!(!at_end(&mut host));
+    limit_memory(libc::RLIM_INFINITY);
+    clone.activate(activation()).unwrap();
+    drop(clone);
+    assert!(!at_end(&mut host));
+    host.write_all(b"to the next").unwrap();
+    assert_eq!(read_all(&mut kept), b"to the next");
+}
+
+fn limit_memory(bytes: u64) {
+    let limit = libc::rlimit {
+        rlim_cur: bytes,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: a live rlimit.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::*;
+use crate::fs::dirs::KEPT_AHEAD;
 
 const MANY: usize = 10_000;
 
@@ -134,5 +135,41 @@ fn the_root_directory_lists_the_shares() {
             .collect();
         let (dir, file) = (u32::from(libc::DT_DIR), u32::from(libc::DT_REG));
         assert_eq!(seen, [(&b"data"[..], dir, 0), (&b"file"[..], file, 0)]);
+    }
+}
+
+/// A guest that opens many directories and reads a little of each.
+#[test]
+fn directories_that_are_open_hold_little_memory() {
+    let host = Host::new();
+    let client = host.client();
+    for name in ["a", "b", "c"] {
+        fs::write(host.path(name), "").unwrap();
+    }
+    let opened: Vec<_> = (0..2 * KEPT_AHEAD)
+        .map(|_| {
+            let fh = client.opendir(host.root).unwrap().fh;
+            let first = client.list(host.root, fh, 0, 32, false).unwrap();
+            assert_eq!(first.len(), 1);
+            (fh, first)
+        })
+        .collect();
+    let holding = |&&(fh, _): &&(u64, Vec<Listed>)| {
+        let handle = host.server.handles.dir(fh, host.root).unwrap();
+        let stream = handle.stream.lock().unwrap();
+        stream.held() > 0
+    };
+    assert_eq!(opened.iter().filter(holding).count(), KEPT_AHEAD);
+    // All of them go on where they were, and hold nothing at the end.
+    for (fh, mut all) in opened {
+        while let Some(last) = all.last() {
+            let some = client.list(host.root, fh, last.off, 32, false).unwrap();
+            if some.is_empty() {
+                break;
+            }
+            all.extend(some);
+        }
+        assert_eq!((all.len(), names(&all).len()), (5, 5));
+        assert!(!holding(&&(fh, all)));
     }
 }

@@ -55,10 +55,10 @@ fn unknown_operations_are_not_implemented() {
         31,
         32,
         33,
-        opcode::ACCESS,
+        34,
         36,
         37,
-        opcode::IOCTL,
+        39,
         40,
         41,
         48,
@@ -295,6 +295,9 @@ fn the_guest_cannot_use_up_the_descriptors() {
         permits.push(permit);
     }
     assert_eq!(client.open(node, libc::O_RDONLY).unwrap_err(), libc::ENFILE);
+    for dir in [host.root, ROOT_ID] {
+        assert_eq!(client.opendir(dir).unwrap_err(), libc::ENFILE);
+    }
     assert_eq!(
         client.mkdir(host.root, "dir", 0o755, 0).unwrap_err(),
         libc::ENFILE
@@ -305,4 +308,53 @@ fn the_guest_cannot_use_up_the_descriptors() {
     assert_eq!(listed.len(), 3);
     permits.pop();
     assert!(client.open(node, libc::O_RDONLY).is_ok());
+}
+
+#[test]
+fn a_guest_without_descriptors_goes_on_with_what_it_knows() {
+    let host = Host::new();
+    let client = host.client();
+    for name in ["known", "new"] {
+        fs::write(host.path(name), "").unwrap();
+    }
+    let known = client.walk(host.root, "known").unwrap();
+    let mut permits = Vec::new();
+    while let Ok(permit) = host.server.budget.take() {
+        permits.push(permit);
+    }
+    assert_eq!(client.walk(host.root, "known").unwrap(), known);
+    assert_eq!(client.lookup(host.root, "new").unwrap_err(), libc::ENFILE);
+    assert_eq!(client.lookup(host.root, "none").unwrap().nodeid, 0);
+    // Told twice, forgotten twice.
+    client.forget(known, 1);
+    assert!(client.getattr(known).is_ok());
+    client.forget(known, 1);
+    assert_eq!(client.getattr(known).unwrap_err(), libc::ESTALE);
+    permits.extend(host.server.budget.take());
+    // Nor is another container kept out.
+    let other = scratch();
+    host.server.share("other", clone_of(&other), true).unwrap();
+    fs::remove_dir_all(other).unwrap();
+    assert!(client.walk(ROOT_ID, "other").is_ok());
+    host.server.unshare("other").unwrap();
+    assert!(
+        host.server.budget.take().is_err(),
+        "a share is not charged for"
+    );
+}
+
+/// No request may hold up the others, and a device that is stopped, for longer than it must.
+#[test]
+fn transfers_are_no_longer_than_agreed_on() {
+    const AGREED: usize = 1 << 20;
+    let host = Host::new();
+    let client = host.client();
+    let made = client.create(host.root, "file", libc::O_RDWR, (0o644, 0));
+    let (file, fh) = made.map(|(entry, open)| (entry.nodeid, open.fh)).unwrap();
+    let data = vec![1; AGREED + 1];
+    assert_eq!(client.write(file, fh, 0, &data).unwrap_err(), libc::EINVAL);
+    assert_eq!(client.write(file, fh, 0, &data[1..]).unwrap(), 1 << 20);
+    let read = |size| client.read(file, fh, 0, size).map(|data| data.len());
+    assert_eq!(read(AGREED as u32), Ok(AGREED));
+    assert_eq!(read(AGREED as u32 + 1), Err(libc::EINVAL));
 }

@@ -220,8 +220,8 @@ impl<'a> Client<'a> {
     }
 
     fn getattr(&self, node: u64) -> Result<Attr, Errno> {
-        let ask = GetattrIn::default();
-        self.get::<AttrOut>(opcode::GETATTR, node, &[wire::as_bytes(&ask)])
+        // fuse_getattr_in: of the inode, not of a handle.
+        self.get::<AttrOut>(opcode::GETATTR, node, &[&[0; 16]])
             .map(|out| out.attr)
     }
 

@@ -175,3 +175,63 @@ fn an_image_layer_is_changed_only_on_top() {
     assert_eq!(node, entry.nodeid);
     assert_eq!(fs::read(image.host.path("lower/dir/file")).unwrap(), b"x");
 }
+
+/// Moving a name copies it up: it has another number then, and is the same file yet.
+#[test]
+fn a_hard_link_of_an_image_layer_stays_itself_when_it_is_moved() {
+    let image = image(|lower| {
+        fs::write(lower.join("sh"), "busybox").unwrap();
+        for name in ["ping", "wget"] {
+            fs::hard_link(lower.join("sh"), lower.join(name)).unwrap();
+        }
+        fs::write(lower.join("file"), "").unwrap();
+    });
+    let (client, root) = (image.host.client(), image.root);
+    let [sh, ping, wget, file] = ["sh", "ping", "wget", "file"].map(|name| {
+        let node = client.walk(root, name).unwrap();
+        let number = client.getattr(node).unwrap().ino;
+        (node, number)
+    });
+    assert!(sh.1 == ping.1 && ping.1 == wget.1);
+    client.rename((root, "ping"), (root, "pong"), 0).unwrap();
+    client.rename((root, "sh"), (root, "bash"), 0).unwrap();
+    let exchange = libc::RENAME_EXCHANGE;
+    client
+        .rename((root, "file"), (root, "wget"), exchange)
+        .unwrap();
+    for (name, (node, number)) in [("pong", ping), ("bash", sh), ("file", wget)] {
+        assert_eq!(client.walk(root, name).unwrap(), node, "{name}");
+        assert_ne!(client.getattr(node).unwrap().ino, number, "{name}");
+    }
+    assert_eq!(client.walk(root, "wget").unwrap(), file.0);
+}
+
+/// What cannot be locked is told apart by its name.
+#[test]
+fn hard_links_of_symbolic_links_are_known_again() {
+    let image = image(|lower| {
+        std::os::unix::fs::symlink("target", lower.join("a")).unwrap();
+        fs::hard_link(lower.join("a"), lower.join("b")).unwrap();
+    });
+    let (client, root) = (image.host.client(), image.root);
+    let [a, b] = ["a", "b"].map(|name| client.walk(root, name).unwrap());
+    assert_ne!(a, b);
+    let all_known = || {
+        for _ in 0..2 {
+            for (name, node) in [("b", b), ("a", a)] {
+                assert_eq!(client.walk(root, name).unwrap(), node, "{name}");
+            }
+        }
+    };
+    all_known();
+    let ask = SetattrIn {
+        valid: fattr::UID,
+        uid: 1000,
+        ..Default::default()
+    };
+    client.setattr(a, ask).unwrap();
+    assert_eq!(client.getattr(b).unwrap().uid, 0);
+    all_known();
+    client.rename((root, "b"), (root, "c"), 0).unwrap();
+    assert_eq!(client.walk(root, "c").unwrap(), b);
+}

@@ -183,3 +183,42 @@ fn a_guest_that_starts_anew_has_nothing_open() {
     // Shares stay.
     assert_eq!(client.init().walk(ROOT_ID, "data").unwrap(), host.root);
 }
+
+/// The tree at `dir` with a tmpfs mounted on its `inner`, as a volume with mounts below comes.
+fn tree_with_a_mount(dir: &Path) -> OwnedFd {
+    use std::os::fd::FromRawFd;
+    let (top, inner) = (c_path(dir), c_path(&dir.join("inner")));
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_RECURSIVE as u32;
+    // SAFETY: NUL-terminated strings or null; the descriptor is new and ours.
+    unsafe {
+        let (kind, none) = (c"tmpfs".as_ptr(), std::ptr::null());
+        assert_eq!(libc::mount(kind, inner.as_ptr(), kind, 0, none), 0);
+        let tree = libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, top.as_ptr(), flags);
+        assert_eq!(libc::umount2(inner.as_ptr(), libc::MNT_DETACH), 0);
+        assert!(tree >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(tree as i32)
+    }
+}
+
+/// sync(2) in the guest asks for each mount by itself.
+#[test]
+fn syncing_one_mount_of_a_share_is_not_syncing_another() {
+    let host = Host::new();
+    fs::create_dir_all(host.path("tree/inner")).unwrap();
+    let tree = tree_with_a_mount(&host.path("tree"));
+    host.server.share("tree", tree, true).unwrap();
+    let client = host.client();
+    let outer = client.walk(ROOT_ID, "tree").unwrap();
+    let entry = client.lookup(outer, "inner").unwrap();
+    assert_eq!(entry.attr.flags, ATTR_SUBMOUNT);
+    for dir in [outer, entry.nodeid] {
+        client.mkdir(dir, "new", 0o755, 0).unwrap();
+    }
+    let node = host.server.nodes.get(entry.nodeid).unwrap();
+    let sync = |dir| client.done(opcode::SYNCFS, dir, &[&[0; 8]]).unwrap();
+    sync(outer);
+    assert!(node.share.take_written(node.mount), "it was not asked for");
+    node.note_change();
+    sync(entry.nodeid);
+    assert!(!node.share.take_written(node.mount));
+}

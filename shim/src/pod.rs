@@ -53,7 +53,7 @@ pub const ANSWER: Duration = Duration::from_secs(60);
 /// Output may take this long to be read once its process has ended (as with runc).
 pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 /// Execs get this long to end after their init.
-pub(crate) const STRAGGLERS: Duration = Duration::from_secs(5);
+const STRAGGLERS: Duration = Duration::from_secs(5);
 
 /// Who this pod is.
 #[derive(Clone, Debug)]

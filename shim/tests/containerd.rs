@@ -94,6 +94,7 @@ fn main() {
         a_container_created_while_the_last_goes_has_a_vm
         two_containers_deleted_at_once_leave_no_vm
         a_start_that_was_given_up_runs_nothing
+        a_guest_that_does_not_end_what_is_killed_goes
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
@@ -910,4 +911,44 @@ async fn a_start_that_was_given_up_runs_nothing() {
     task.delete("").await.unwrap();
     task.shutdown().await;
     host.nothing_is_left(&task.address()).await;
+}
+
+async fn a_guest_that_does_not_end_what_is_killed_goes() {
+    let host = Host::new().await;
+    let sleeper = ["sh", "-c", "exec sleep 60"];
+    let hung = host.start("hung", &sleeper, &[]).await;
+    let hung_early = host.start("hung-early", &sleeper, &[]).await;
+    // One whose agent says that all is well.
+    let liar = [&sleeper[..], &["unkillable"]].concat();
+    let liar = host.start("liar", &liar, &[]).await;
+    let stop = |pid: u32| {
+        // SAFETY: kill(2) takes numbers.
+        unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGSTOP) };
+    };
+    let ends = async |task: &Task, hangs: bool| {
+        let pid = host.create(task).await;
+        task.run("").await.unwrap();
+        if hangs {
+            stop(pid);
+        }
+        assert_eq!(code(task.delete("").await).0, Code::FAILED_PRECONDITION);
+        task.kill("", libc::SIGKILL).await.unwrap();
+        assert_eq!(task.wait("").await, 137);
+        task.delete("").await.unwrap();
+    };
+    let never_started = async |task: &Task| {
+        stop(host.create(task).await);
+        assert_eq!(task.delete("").await.unwrap().exit_status, 137);
+    };
+    tokio::join!(
+        ends(&hung, true),
+        never_started(&hung_early),
+        ends(&liar, false)
+    );
+    for task in [&hung, &hung_early, &liar] {
+        task.shutdown().await;
+    }
+    for task in [&hung, &hung_early, &liar] {
+        host.nothing_is_left(&task.address()).await;
+    }
 }

@@ -154,12 +154,11 @@ impl Pod {
                 );
                 self.order_template();
             }
-            let process = container.process_mut(exec)?;
             if let Err(fault) = answer {
-                process.start_failed();
+                self.publish(container.start_failed(exec)?);
                 return Err(fault);
             }
-            let early = process.started();
+            let early = container.process_mut(exec)?.started();
             self.publish([if exec.is_empty() {
                 TaskEvent::Start(TaskStart {
                     container_id,

@@ -208,6 +208,8 @@ impl Pod {
     ) -> Result<u32, Fault> {
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
         let bundle = Path::new(&request.bundle);
+        // May fail, so it comes before the VM started ahead is taken: whoever has that sees to its end.
+        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
         let index = self.next_container.fetch_add(1, Ordering::Relaxed);
         let ahead = self.ahead().take();
         let ahead = match ahead {
@@ -235,7 +237,6 @@ impl Pod {
         if let Some(level) = config.log_level {
             log::set_max_level(level);
         }
-        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
 
         // Mounts are made by a thread of their own, which begins before the VMM is started.
         let shares = shares::prepare(plan.clone(), request.rootfs.clone());

@@ -803,8 +803,17 @@ async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
     task.shutdown().await;
     host.nothing_is_left(&task.address()).await;
 
-    // The shim is killed before there is a container.
+    // Somebody asks for one that cannot be.
     host.told_ahead.clear();
+    let task = host.start("c4", &["true"], &[]).await;
+    let mut request = host.create_request(&task);
+    request.stdout = "binary:///nowhere".into();
+    let (_, message) = code(task.client.create(soon(), &request).await);
+    assert!(message.contains("binary:///nowhere"), "{message}");
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
+
+    // The shim is killed before there is a container.
     let task = host.start("c3", &["true"], &[]).await;
     let connect = ConnectRequest::default();
     let shim = task.client.connect(soon(), &connect).await;

@@ -439,11 +439,13 @@ impl Pod {
     }
 
     fn guest_exit(self: &Arc<Self>, id: &str, exec: &str, exit: Exit) {
-        let held = self.with(id, |container| {
+        let begins = self.with(id, |container| {
+            let was_held = container.is_held();
             self.publish(container.exited(exec, exit));
-            Ok(container.is_held())
+            Ok(container.is_held() && !was_held)
         });
-        if matches!(held, Ok(true)) {
+        // Once, however often the guest says so.
+        if matches!(begins, Ok(true)) {
             let (pod, id) = (self.clone(), id.to_owned());
             tokio::spawn(async move {
                 sleep(STRAGGLERS).await;
@@ -467,5 +469,45 @@ impl Pod {
             Ok(why) => Fault::internal(why),
             Err(_) => fault,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stdio::Streams;
+
+    #[tokio::test]
+    async fn an_end_that_is_told_again_and_again_costs_one_task() {
+        let identity = Identity {
+            namespace: "default".into(),
+            id: "c".into(),
+            socket: "/nowhere".into(),
+            since_ns: 0,
+        };
+        let pod = Pod::new(
+            identity,
+            Publisher::start("default", "/nowhere/socket".into()),
+        );
+        let running = || {
+            let mut process = Process::creating(Paths::default());
+            process.created(Streams::default());
+            process.start().unwrap();
+            process.started();
+            process
+        };
+        let mut container = Container::new("c", "/b", running());
+        container.execs.insert("e".into(), running());
+        pod.containers().by_id.insert("c".into(), container);
+        let tasks = || {
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks()
+        };
+        let before = tasks();
+        for (exec, status) in [("", 0), ("", 1), ("x", 2), ("", 3)] {
+            pod.guest_exit("c", exec, Exit::now(status));
+        }
+        assert_eq!(tasks(), before + 1);
     }
 }

@@ -57,7 +57,7 @@ fn delete_in(records: &Path, invocation: &Invocation) -> Result<Vec<u8>> {
 }
 
 /// The shim first, as it would otherwise go on using what is removed.
-pub(crate) fn end_pod(record: &Record) {
+fn end_pod(record: &Record) {
     let deadline = Instant::now() + LIMIT;
     for process in [Some(record.shim), record.vmm].into_iter().flatten() {
         if let Err(e) = end(process, deadline) {

@@ -388,18 +388,19 @@ impl Pod {
 
     /// For whoever has to clean up, should we not live to do so.
     pub(crate) fn note(&self, vm: &Vm) {
-        if let Err(e) = self.write_record(vm) {
+        if let Err(e) = self.write_record(Some(vm)) {
             log::warn!("write the pod's record: {e}");
         }
     }
 
-    fn write_record(&self, vm: &Vm) -> std::io::Result<()> {
+    /// Replaces the record by one of this shim, and of its VM if there is one.
+    pub(crate) fn write_record(&self, vm: Option<&Vm>) -> std::io::Result<()> {
         let record = Record {
             pod: self.identity.id.clone(),
             socket: self.identity.socket.clone(),
             shim: ProcessId::of(process::id())?,
-            vmm: ProcessId::of(vm.pid).ok(),
-            cgroups: vm.cgroups().to_vec(),
+            vmm: vm.and_then(|vm| ProcessId::of(vm.pid).ok()),
+            cgroups: vm.map(|vm| vm.cgroups().to_vec()).unwrap_or_default(),
         };
         record.write(&self.record_of(&self.identity.id))
     }

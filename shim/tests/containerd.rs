@@ -88,6 +88,7 @@ fn main() {
         a_boot_that_fails_says_why_and_leaves_nothing
         a_vmm_that_dies_ends_everything_once
         a_shim_that_was_killed_is_cleaned_up_after
+        a_group_with_a_name_of_its_own_is_cleaned_up_after
         two_containers_of_a_group_share_a_shim
         a_vm_started_ahead_and_not_wanted_leaves_nothing
         a_start_that_fails_leaves_no_shim
@@ -761,6 +762,27 @@ async fn a_shim_that_was_killed_is_cleaned_up_after() {
     let cmdline = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     assert!(cmdline.is_empty());
     host.nothing_is_left(&task.address()).await;
+}
+
+async fn a_group_with_a_name_of_its_own_is_cleaned_up_after() {
+    let host = Host::new().await;
+    let group = [("io.containerd.runc.v2.group", "group")];
+    let one = host.start("one", &["sleep", "60"], &group).await;
+    let other = host.start("other", &["sleep", "60"], &group).await;
+    host.create(&one).await;
+    let connect = ConnectRequest::default();
+    let shim = one.client.connect(soon(), &connect).await.unwrap().shim_pid;
+    // Of a shim that lives, nothing is taken.
+    assert!(host.shim("other", "delete").status.success());
+    one.run("").await.unwrap();
+    // SAFETY: kill(2) takes numbers.
+    unsafe { libc::kill(i32::try_from(shim).unwrap(), libc::SIGKILL) };
+    // Gone, or a zombie, which has no command line.
+    while fs::read(format!("/proc/{shim}/cmdline")).is_ok_and(|line| !line.is_empty()) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(host.shim("one", "delete").status.success());
+    host.nothing_is_left(&other.address()).await;
 }
 
 async fn two_containers_of_a_group_share_a_shim() {

@@ -99,6 +99,7 @@ fn main() {
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
+        templates::a_store_that_is_open_to_others_is_left_alone
         templates::a_template_that_vanishes_in_use_is_used
         templates::a_damaged_template_is_replaced
         templates::a_build_that_fails_leaves_nothing_and_is_not_repeated

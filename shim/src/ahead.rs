@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes of runtime options at most.
 const OPTIONS: u64 = 1 << 20;
 /// Prefix of the shares of a pod's first container.
-pub(crate) const FIRST: &str = "c0";
+const FIRST: &str = "c0";
 
 /// What the first container is made of, read ahead, and its VM on the way.
 pub(crate) struct Ahead {

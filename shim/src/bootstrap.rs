@@ -5,8 +5,8 @@ use std::{
     env, fs,
     os::fd::OwnedFd,
     os::unix::process::CommandExt,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    path::Path,
+    process::{self, Command, Stdio},
 };
 
 use anyhow::{Context, Result};
@@ -15,7 +15,6 @@ use crate::{
     address::{self, Bound, SOCKETS},
     ahead,
     args::Invocation,
-    cgroup, cleanup,
     record::{self, ProcessId, RECORDS, Record},
     spec,
 };
@@ -49,33 +48,32 @@ pub fn start(invocation: &Invocation) -> Result<String> {
     write_address(&answer).context("write the file address in the bundle")?;
 
     let directory = |id: &str| record::directory(Path::new(RECORDS), &invocation.namespace, id);
-    let write = |record: &Record| {
-        let directory = directory(&invocation.id);
+    let write = |id: &str, record: &Record| {
+        let directory = directory(id);
         let written = record.write(&directory);
         written.with_context(|| format!("write the record in {}", directory.display()))
     };
     match address::bind(&socket)? {
+        // The group's own record is its shim's to write.
+        Bound::Running if group == invocation.id => {}
         Bound::Running => {
             if let Ok(record) = Record::read(&directory(&group)) {
-                write(&record)?;
+                write(&invocation.id, &record)?;
             }
         }
         Bound::Ours(listener) => {
-            let started = leave_behind(invocation, &group, listener.into());
-            let mut child = started.inspect_err(|_| drop(fs::remove_file(&socket)))?;
-            let written = ProcessId::of(child.id())
-                .context("look at the shim's process")
-                .and_then(|shim| {
-                    write(&Record {
-                        pod: group.clone(),
-                        socket: socket.clone(),
-                        shim,
-                        vmm: None,
-                        cgroups: Vec::new(),
-                    })
-                });
-            if let Err(e) = written {
-                take_back(&mut child, &group, &socket, &directory(&group));
+            let started = note(&group, &socket).and_then(|record| {
+                write(&group, &record)?;
+                if group != invocation.id {
+                    write(&invocation.id, &record)?;
+                }
+                leave_behind(invocation, &group, listener.into())
+            });
+            if let Err(e) = started {
+                let _ = fs::remove_file(&socket);
+                for id in [&group, &invocation.id] {
+                    let _ = record::remove(&directory(id));
+                }
                 return Err(e);
             }
         }
@@ -83,27 +81,16 @@ pub fn start(invocation: &Invocation) -> Result<String> {
     Ok(answer)
 }
 
-/// Ends the shim that was just left behind: containerd will not hear of it, so it would stay for ever.
-/// It may have started the pod's VM by now.
-fn take_back(child: &mut Child, group: &str, socket: &Path, directory: &Path) {
-    let _ = child.kill();
-    let _ = child.wait();
-    let _ = fs::remove_file(socket);
-    // What it has written down itself, if it could.
-    if let Ok(record) = Record::read(directory) {
-        cleanup::end_pod(&record);
-        let _ = record::remove(directory);
-    }
-    // The VMM dies with it, and leaves the cgroup.
-    if let (Some(root), Some(cgroup)) = (cgroup::root(), pods_cgroup(group)) {
-        cgroup::remove_marked(&root.join(cgroup));
-    }
-}
-
-fn pods_cgroup(group: &str) -> Option<PathBuf> {
-    let mut spec = spec::read(Path::new("")).ok()?;
-    let plan = spec::rewrite(&mut spec, &env::current_dir().ok()?, group, ahead::FIRST).ok()?;
-    cgroup::of_pod(plan.cgroups_path.as_deref(), group).ok()
+/// What is written down before there is a shim, which replaces it as soon as it runs: of two that
+/// write at the same time nobody would know who is the later.
+fn note(group: &str, socket: &Path) -> Result<Record> {
+    Ok(Record {
+        pod: group.to_owned(),
+        socket: socket.to_owned(),
+        shim: ProcessId::of(process::id()).context("look at this process")?,
+        vmm: None,
+        cgroups: Vec::new(),
+    })
 }
 
 fn write_address(answer: &str) -> std::io::Result<()> {
@@ -113,7 +100,7 @@ fn write_address(answer: &str) -> std::io::Result<()> {
 
 /// Executes ourselves in serve mode, with the socket as stdin, the runtime options to be read from
 /// stdout, and nothing of `start`'s output.
-fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<Child> {
+fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<()> {
     let name = env::args_os()
         .next()
         .unwrap_or_else(|| "containerd-shim-husk-v2".into());
@@ -134,5 +121,6 @@ fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Resu
     command
         .arg("serve")
         .spawn()
-        .context("execute /proc/self/exe")
+        .context("execute /proc/self/exe")?;
+    Ok(())
 }

@@ -199,17 +199,9 @@ fn is_marked(path: &Path) -> bool {
 /// nobody uses any more; one that others use stays. Bounded: the last process of a cgroup may be on its
 /// way out for a moment.
 pub fn remove(made: &[PathBuf]) {
-    if let Some(inmost) = made.last() {
-        remove_upwards(inmost, made);
-    }
-}
-
-/// Removes `path`, and marked ones above it, if it is marked and nobody uses it.
-pub fn remove_marked(path: &Path) {
-    remove_upwards(path, &[]);
-}
-
-fn remove_upwards(inmost: &Path, made: &[PathBuf]) {
+    let Some(inmost) = made.last() else {
+        return;
+    };
     for path in inmost.ancestors() {
         let ours = made.iter().any(|one| one == path) || is_marked(path);
         if !ours || !remove_one(path) {

@@ -15,6 +15,7 @@ use crate::{
     cgroup,
     config::{CONFIG, Config, Sharing},
     options::Options,
+    templates::Store,
 };
 
 /// One thing that was looked at.
@@ -206,6 +207,14 @@ fn template_directory(directory: &Path) -> Finding {
     let subject = "template_dir";
     let shown = directory.display();
     let mend = format!("set template_dir in {CONFIG} to a local disk, or templates to \"off\"");
+    if let Err(what) = Store::new(directory).check_place() {
+        let mend = format!("chown root and chmod 700 {shown}, or {mend}");
+        return Finding::advice(
+            subject,
+            format!("no pod starts from a template: {what}"),
+            mend,
+        );
+    }
     // It is made when the first template is.
     let Some(there) = directory.ancestors().find(|path| path.is_dir()) else {
         return Finding::bad(subject, format!("{shown}: not an absolute path"), mend);
@@ -328,6 +337,8 @@ fn file(subject: &str, key: &str, path: &Path, magic: &[u8]) -> Finding {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -382,6 +393,14 @@ mod tests {
             line("/dev/shm")
         );
         assert!(line("relative").starts_with("bad "));
+        let open = tempfile::tempdir().unwrap();
+        fs::set_permissions(open.path(), fs::Permissions::from_mode(0o770)).unwrap();
+        let said = line(open.path().to_str().unwrap());
+        assert!(
+            said.starts_with("advice ")
+                && said.contains("has mode 770: open to others; chown root"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -4,7 +4,10 @@
 
 use std::{
     fs, io,
-    os::fd::{AsRawFd, OwnedFd},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     time::{Duration, Instant, SystemTime},
 };
@@ -36,9 +39,14 @@ fn delete_in(records: &Path, invocation: &Invocation) -> Result<Vec<u8>> {
     match Record::read(&directory) {
         Ok(record) => {
             pid = record.vmm.map_or(0, |vmm| vmm.pid);
-            // A member of a pod goes with it; only the pod's own end is ours to bring about.
             if record.pod == invocation.id {
                 end_pod(&record);
+            } else {
+                end_if_dead(&record::directory(
+                    records,
+                    &invocation.namespace,
+                    &record.pod,
+                ));
             }
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
@@ -56,8 +64,28 @@ fn delete_in(records: &Path, invocation: &Invocation) -> Result<Vec<u8>> {
     Ok(response.write_to_bytes()?)
 }
 
+/// A member of a pod goes with it. But what is left of a pod whose shim is gone has to go with its
+/// members: it may have the name of none of them, and then nobody is told to delete it.
+fn end_if_dead(directory: &Path) {
+    let Ok(record) = Record::read(directory) else {
+        return;
+    };
+    // Nobody may have collected it yet.
+    let is_dead = match record.shim.open() {
+        Ok(shim) => shim.is_none_or(|shim| wait(&shim, Duration::ZERO).is_ok()),
+        Err(_) => false,
+    };
+    // Whoever is just being left behind has its socket, and has yet to note itself.
+    if is_dead && UnixStream::connect(&record.socket).is_err() {
+        end_pod(&record);
+        if let Err(e) = record::remove(directory) {
+            eprintln!("remove the record in {}: {e}", directory.display());
+        }
+    }
+}
+
 /// The shim first, as it would otherwise go on using what is removed.
-pub(crate) fn end_pod(record: &Record) {
+fn end_pod(record: &Record) {
     let deadline = Instant::now() + LIMIT;
     for process in [Some(record.shim), record.vmm].into_iter().flatten() {
         if let Err(e) = end(process, deadline) {
@@ -99,7 +127,7 @@ fn unmount_rootfs(rootfs: &Path) {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::{os::unix::net::UnixListener, process::Command};
 
     use super::*;
     use crate::args::Action;
@@ -125,6 +153,46 @@ mod tests {
             assert_eq!(answer.exit_status, KILLED_STATUS);
             assert!(answer.exited_at.seconds > 0);
         }
+    }
+
+    #[test]
+    fn the_members_of_a_dead_pod_take_what_is_left_of_it_with_them() {
+        let top = tempfile::tempdir().unwrap();
+        let records = top.path().join("husk");
+        let mut vmm = Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        let mut shim = Command::new("/bin/sleep").arg("60").spawn().unwrap();
+        let socket = top.path().join("socket");
+        // Nobody listens there any more.
+        drop(UnixListener::bind(&socket).unwrap());
+        let record = Record {
+            pod: "group".into(),
+            socket: socket.clone(),
+            shim: ProcessId::of(shim.id()).unwrap(),
+            vmm: Some(ProcessId::of(vmm.id()).unwrap()),
+            cgroups: Vec::new(),
+        };
+        let place = |id| record::directory(&records, "default", id);
+        for id in ["group", "one", "other"] {
+            record.write(&place(id)).unwrap();
+        }
+        let delete = |id| delete_in(&records, &invocation(id, top.path())).unwrap();
+        // The shim lives: a member is not to end it.
+        delete("one");
+        assert!(vmm.try_wait().unwrap().is_none() && place("group").exists());
+        shim.kill().unwrap();
+        wait(&record.shim.open().unwrap().unwrap(), LIMIT).unwrap();
+        // Somebody answers who has yet to say that it is the shim.
+        fs::remove_file(&socket).unwrap();
+        let listener = UnixListener::bind(&socket).unwrap();
+        record.write(&place("one")).unwrap();
+        delete("one");
+        assert!(vmm.try_wait().unwrap().is_none() && place("group").exists());
+        drop(listener);
+        delete("other");
+        assert!(!vmm.wait().unwrap().success());
+        assert!(!socket.exists() && !records.exists());
+        delete("one");
+        shim.wait().unwrap();
     }
 
     #[test]

@@ -118,13 +118,25 @@ impl Container {
         {
             news.push(self.exit_event(exec, exit));
         }
-        if let Some(held) = self.held {
-            if !self.execs.values().any(Process::is_active) {
-                self.held = None;
-                news.extend(self.exited("", held));
-            }
-        }
+        news.extend(self.release());
         news
+    }
+
+    /// A process was not started after all. Returns what containerd is to be told now.
+    pub fn start_failed(&mut self, exec: &str) -> Result<Vec<TaskEvent>, Fault> {
+        self.process_mut(exec)?.start_failed();
+        Ok(self.release())
+    }
+
+    /// The init's end, if nothing it was kept for is left.
+    fn release(&mut self) -> Vec<TaskEvent> {
+        if self.execs.values().any(Process::is_active) {
+            return Vec::new();
+        }
+        match self.held.take() {
+            Some(held) => self.exited("", held),
+            None => Vec::new(),
+        }
     }
 
     /// Whether the init has ended and waits for its execs.
@@ -227,6 +239,33 @@ mod tests {
         assert!(container.exited("", Exit::now(5)).is_empty());
         let news = container.all_exited(false);
         assert_eq!(told(&news), [("e".into(), 137), ("c".into(), 5)]);
+    }
+
+    #[test]
+    fn an_exec_that_does_not_start_lets_the_end_of_its_init_through() {
+        let starting = || {
+            let mut process = Process::creating(Paths::default());
+            process.created(Streams::default());
+            process.start().unwrap();
+            process
+        };
+        // The init ends, and the agent refuses to start anything more.
+        let mut one = container();
+        one.execs.insert("e".into(), starting());
+        assert!(one.exited("", Exit::now(5)).is_empty() && one.is_held());
+        assert_eq!(told(&one.start_failed("e").unwrap()), [("c".into(), 5)]);
+        // The VM ends, and with it the request.
+        let mut other = container();
+        other.execs.insert("e".into(), starting());
+        assert!(other.all_exited(true).is_empty());
+        assert_eq!(told(&other.start_failed("e").unwrap()), [("c".into(), 137)]);
+        assert!(other.init.exit().is_some() && !other.is_held());
+        // Another exec that runs still holds it up.
+        let mut third = container();
+        third.execs.insert("e".into(), starting());
+        third.execs.insert("f".into(), running());
+        assert!(third.exited("", Exit::now(0)).is_empty());
+        assert!(third.start_failed("e").unwrap().is_empty() && third.is_held());
     }
 
     #[test]

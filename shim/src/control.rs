@@ -10,7 +10,10 @@ use containerd_shim_protos::{
 };
 use husk_proto::agent as api;
 use protobuf::MessageField;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, timeout},
+};
 use ttrpc::{Code, context};
 
 use crate::{
@@ -29,6 +32,49 @@ const LAST_SIGNAL: u32 = 64;
 /// How often a process that was given up is tried to be killed, a second apart: on its way to its
 /// program it has no pid for a while.
 const CALL_OFF: u32 = 60;
+
+/// A guest that answers nothing for so long to whoever would kill a container of it hangs.
+const HUNG: Duration = Duration::from_secs(10);
+/// For a guest that answers to end a container that was killed. Long enough for a slow disk to take
+/// what a process was writing.
+const KILL: Duration = Duration::from_secs(20);
+/// Between two attempts to kill.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// Returns at the end of a process, or when it is forgotten.
+async fn ended(exited: &mut watch::Receiver<Option<Exit>>) {
+    let _ = exited.wait_for(Option::is_some).await;
+}
+
+/// Sees to it that a container which was killed ends, whatever the guest does and says: containerd
+/// deletes none that has not ended. The guest gets some time and is reminded, as on its way to its
+/// program a process cannot be killed; then it goes as a whole.
+async fn see_killed(
+    vm: Arc<Vm>,
+    kill: api::SignalRequest,
+    mut exited: watch::Receiver<Option<Exit>>,
+) {
+    let deadline = Instant::now() + KILL;
+    while timeout(AGAIN, ended(&mut exited)).await.is_err() {
+        let reminder = timeout(HUNG, vm.agent.signal(limited(), &kill));
+        let hangs = tokio::select! {
+            biased;
+            () = ended(&mut exited) => return,
+            answer = reminder => answer.is_err(),
+        };
+        if hangs || Instant::now() >= deadline {
+            let (id, what) = (
+                &kill.container_id,
+                if hangs { "hangs" } else { "does not end" },
+            );
+            vm.fail(format!(
+                "container {id} was killed, and {what} in the guest"
+            ))
+            .await;
+            return;
+        }
+    }
+}
 
 /// Whether a request that failed so may be carried out all the same.
 fn may_still_happen(error: &ttrpc::Error) -> bool {
@@ -108,12 +154,11 @@ impl Pod {
                 );
                 self.order_template();
             }
-            let process = container.process_mut(exec)?;
             if let Err(fault) = answer {
-                process.start_failed();
+                self.publish(container.start_failed(exec)?);
                 return Err(fault);
             }
-            let early = process.started();
+            let early = container.process_mut(exec)?.started();
             self.publish([if exec.is_empty() {
                 TaskEvent::Start(TaskStart {
                     container_id,
@@ -260,7 +305,7 @@ impl Pod {
                 "signal {signal}: not 1 to {LAST_SIGNAL}"
             )));
         }
-        self.with(id, |container| {
+        let exited = self.with(id, |container| {
             let process = container.process(exec)?;
             if process.exit().is_some() {
                 return Err(Fault::not_found("process already finished"));
@@ -268,7 +313,7 @@ impl Pod {
             if process.is_creating() {
                 return Err(Fault::precondition("process is not created yet"));
             }
-            Ok(())
+            Ok(process.subscribe())
         })?;
         let vm = self
             .running_vm()
@@ -280,9 +325,22 @@ impl Pod {
             all,
             ..api::SignalRequest::default()
         };
-        let answer = vm.agent.signal(limited(), &request).await;
-        answer.map_err(|e| Fault::of_call("send the signal", e))?;
-        Ok(())
+        let is_final = exec.is_empty() && signal == libc::SIGKILL.unsigned_abs();
+        if is_final {
+            tokio::spawn(see_killed(vm.clone(), request.clone(), exited));
+        }
+        match vm.agent.signal(limited(), &request).await {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                let fault = self
+                    .explained(vm, Fault::of_call("send the signal", e))
+                    .await;
+                match is_final && vm.has_ended() {
+                    true => Ok(()),
+                    false => Err(fault),
+                }
+            }
+        }
     }
 
     /// `Wait`: returns with the end of a process.

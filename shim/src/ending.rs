@@ -11,7 +11,7 @@ use ttrpc::{Code, context};
 use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
-    pod::{ANSWER, Containers, DRAIN, Pod, STRAGGLERS},
+    pod::{ANSWER, Containers, DRAIN, Pod},
     record,
     vm::Vm,
 };
@@ -138,11 +138,13 @@ impl Pod {
         let Some(mut exited) = waiter else {
             return Ok(());
         };
-        self.kill(id, "", libc::SIGKILL as u32, true).await?;
-        let end = timeout(STRAGGLERS, exited.wait_for(Option::is_some)).await;
+        // Whatever the guest answers: its end is seen to.
+        let killed = self.kill(id, "", libc::SIGKILL as u32, true).await;
+        let end = timeout(ANSWER, exited.wait_for(Option::is_some)).await;
         match end {
             Ok(Ok(_)) => Ok(()),
-            _ => Err(Fault::internal(format_args!("container {id} does not end"))),
+            _ => killed
+                .and_then(|()| Err(Fault::internal(format_args!("container {id} does not end")))),
         }
     }
 

@@ -17,7 +17,10 @@ use crate::{
     fault::Fault,
     machine::{Added, BootImage, RestoreError, SavedImage},
     spec::Network,
-    templates::{Ingredients, Key, Scope, Store, Template, background, store::Identity},
+    templates::{
+        Ingredients, Key, Scope, Store, Template, background,
+        store::{Identity, Unusable},
+    },
     timeline::Timeline,
     vm::{Growth, GuestEvent, Vm, unanswered},
 };
@@ -110,7 +113,12 @@ fn look_up(setup: &Setup) -> (Option<Template>, Option<Ingredients>) {
     match store.open(&made_of) {
         Ok(Some(template)) => (Some(template), None),
         Ok(None) => (None, Some(made_of)),
-        Err(unfit) => {
+        // Neither the templates' fault nor mended by another.
+        Err(Unusable::Place(why)) => {
+            log::warn!("no template: {why}");
+            (None, None)
+        }
+        Err(Unusable::Template(unfit)) => {
             let key = made_of.key();
             log::warn!("template {key}: {}: booting instead", unfit.reason);
             remove(&store, &key, unfit.identity);

@@ -53,7 +53,7 @@ pub const ANSWER: Duration = Duration::from_secs(60);
 /// Output may take this long to be read once its process has ended (as with runc).
 pub(crate) const DRAIN: Duration = Duration::from_secs(10);
 /// Execs get this long to end after their init.
-pub(crate) const STRAGGLERS: Duration = Duration::from_secs(5);
+const STRAGGLERS: Duration = Duration::from_secs(5);
 
 /// Who this pod is.
 #[derive(Clone, Debug)]
@@ -208,6 +208,8 @@ impl Pod {
     ) -> Result<u32, Fault> {
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
         let bundle = Path::new(&request.bundle);
+        // May fail, so it comes before the VM started ahead is taken: whoever has that sees to its end.
+        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
         let index = self.next_container.fetch_add(1, Ordering::Relaxed);
         let ahead = self.ahead().take();
         let ahead = match ahead {
@@ -235,7 +237,6 @@ impl Pod {
         if let Some(level) = config.log_level {
             log::set_max_level(level);
         }
-        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
 
         // Mounts are made by a thread of their own, which begins before the VMM is started.
         let shares = shares::prepare(plan.clone(), request.rootfs.clone());
@@ -387,18 +388,19 @@ impl Pod {
 
     /// For whoever has to clean up, should we not live to do so.
     pub(crate) fn note(&self, vm: &Vm) {
-        if let Err(e) = self.write_record(vm) {
+        if let Err(e) = self.write_record(Some(vm)) {
             log::warn!("write the pod's record: {e}");
         }
     }
 
-    fn write_record(&self, vm: &Vm) -> std::io::Result<()> {
+    /// Replaces the record by one of this shim, and of its VM if there is one.
+    pub(crate) fn write_record(&self, vm: Option<&Vm>) -> std::io::Result<()> {
         let record = Record {
             pod: self.identity.id.clone(),
             socket: self.identity.socket.clone(),
             shim: ProcessId::of(process::id())?,
-            vmm: ProcessId::of(vm.pid).ok(),
-            cgroups: vm.cgroups().to_vec(),
+            vmm: vm.and_then(|vm| ProcessId::of(vm.pid).ok()),
+            cgroups: vm.map(|vm| vm.cgroups().to_vec()).unwrap_or_default(),
         };
         record.write(&self.record_of(&self.identity.id))
     }
@@ -438,11 +440,13 @@ impl Pod {
     }
 
     fn guest_exit(self: &Arc<Self>, id: &str, exec: &str, exit: Exit) {
-        let held = self.with(id, |container| {
+        let begins = self.with(id, |container| {
+            let was_held = container.is_held();
             self.publish(container.exited(exec, exit));
-            Ok(container.is_held())
+            Ok(container.is_held() && !was_held)
         });
-        if matches!(held, Ok(true)) {
+        // Once, however often the guest says so.
+        if matches!(begins, Ok(true)) {
             let (pod, id) = (self.clone(), id.to_owned());
             tokio::spawn(async move {
                 sleep(STRAGGLERS).await;
@@ -466,5 +470,45 @@ impl Pod {
             Ok(why) => Fault::internal(why),
             Err(_) => fault,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::stdio::Streams;
+
+    #[tokio::test]
+    async fn an_end_that_is_told_again_and_again_costs_one_task() {
+        let identity = Identity {
+            namespace: "default".into(),
+            id: "c".into(),
+            socket: "/nowhere".into(),
+            since_ns: 0,
+        };
+        let pod = Pod::new(
+            identity,
+            Publisher::start("default", "/nowhere/socket".into()),
+        );
+        let running = || {
+            let mut process = Process::creating(Paths::default());
+            process.created(Streams::default());
+            process.start().unwrap();
+            process.started();
+            process
+        };
+        let mut container = Container::new("c", "/b", running());
+        container.execs.insert("e".into(), running());
+        pod.containers().by_id.insert("c".into(), container);
+        let tasks = || {
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks()
+        };
+        let before = tasks();
+        for (exec, status) in [("", 0), ("", 1), ("x", 2), ("", 3)] {
+            pod.guest_exit("c", exec, Exit::now(status));
+        }
+        assert_eq!(tasks(), before + 1);
     }
 }

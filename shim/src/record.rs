@@ -6,6 +6,7 @@ use std::{
     fs, io,
     os::fd::{AsFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
+    process,
 };
 
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,7 @@ pub struct Record {
     /// The group whose shim runs this container; the pod's own record has its own id here.
     pub pod: String,
     pub socket: PathBuf,
+    /// Until the shim has noted itself, the `start` that leaves it behind.
     pub shim: ProcessId,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm: Option<ProcessId>,
@@ -49,7 +51,7 @@ impl Record {
     /// Replaces the record as a whole: a reader sees the old one or the new one.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         let text = serde_json::to_vec(self)?;
-        let new = directory.join("record.new");
+        let new = directory.join(format!("record.{}", process::id()));
         let mut attempts = 0..8;
         loop {
             match fs::create_dir_all(directory).and_then(|()| fs::write(&new, &text)) {

@@ -74,6 +74,8 @@ fn serve(invocation: &Invocation) -> Result<()> {
             since_ns: invocation.since_ns,
         };
         let pod = Pod::new(identity, events.clone());
+        // Before anything that would have to be cleaned up after.
+        pod.write_record(None).context("write the pod's record")?;
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let mut server = Server::new()

@@ -88,15 +88,18 @@ fn main() {
         a_boot_that_fails_says_why_and_leaves_nothing
         a_vmm_that_dies_ends_everything_once
         a_shim_that_was_killed_is_cleaned_up_after
+        a_group_with_a_name_of_its_own_is_cleaned_up_after
         two_containers_of_a_group_share_a_shim
         a_vm_started_ahead_and_not_wanted_leaves_nothing
         a_start_that_fails_leaves_no_shim
         a_container_created_while_the_last_goes_has_a_vm
         two_containers_deleted_at_once_leave_no_vm
         a_start_that_was_given_up_runs_nothing
+        a_guest_that_does_not_end_what_is_killed_goes
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
+        templates::a_store_that_is_open_to_others_is_left_alone
         templates::a_template_that_vanishes_in_use_is_used
         templates::pods_of_other_sizes_are_clones_of_the_same
         templates::a_clone_that_cannot_grow_costs_no_pod
@@ -764,6 +767,27 @@ async fn a_shim_that_was_killed_is_cleaned_up_after() {
     host.nothing_is_left(&task.address()).await;
 }
 
+async fn a_group_with_a_name_of_its_own_is_cleaned_up_after() {
+    let host = Host::new().await;
+    let group = [("io.containerd.runc.v2.group", "group")];
+    let one = host.start("one", &["sleep", "60"], &group).await;
+    let other = host.start("other", &["sleep", "60"], &group).await;
+    host.create(&one).await;
+    let connect = ConnectRequest::default();
+    let shim = one.client.connect(soon(), &connect).await.unwrap().shim_pid;
+    // Of a shim that lives, nothing is taken.
+    assert!(host.shim("other", "delete").status.success());
+    one.run("").await.unwrap();
+    // SAFETY: kill(2) takes numbers.
+    unsafe { libc::kill(i32::try_from(shim).unwrap(), libc::SIGKILL) };
+    // Gone, or a zombie, which has no command line.
+    while fs::read(format!("/proc/{shim}/cmdline")).is_ok_and(|line| !line.is_empty()) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(host.shim("one", "delete").status.success());
+    host.nothing_is_left(&other.address()).await;
+}
+
 async fn two_containers_of_a_group_share_a_shim() {
     let host = Host::new().await;
     let group = [("io.kubernetes.cri.sandbox-id", "pod")];
@@ -804,8 +828,17 @@ async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
     task.shutdown().await;
     host.nothing_is_left(&task.address()).await;
 
-    // The shim is killed before there is a container.
+    // Somebody asks for one that cannot be.
     host.told_ahead.clear();
+    let task = host.start("c4", &["true"], &[]).await;
+    let mut request = host.create_request(&task);
+    request.stdout = "binary:///nowhere".into();
+    let (_, message) = code(task.client.create(soon(), &request).await);
+    assert!(message.contains("binary:///nowhere"), "{message}");
+    task.shutdown().await;
+    host.nothing_is_left(&task.address()).await;
+
+    // The shim is killed before there is a container.
     let task = host.start("c3", &["true"], &[]).await;
     let connect = ConnectRequest::default();
     let shim = task.client.connect(soon(), &connect).await;
@@ -912,4 +945,44 @@ async fn a_start_that_was_given_up_runs_nothing() {
     task.delete("").await.unwrap();
     task.shutdown().await;
     host.nothing_is_left(&task.address()).await;
+}
+
+async fn a_guest_that_does_not_end_what_is_killed_goes() {
+    let host = Host::new().await;
+    let sleeper = ["sh", "-c", "exec sleep 60"];
+    let hung = host.start("hung", &sleeper, &[]).await;
+    let hung_early = host.start("hung-early", &sleeper, &[]).await;
+    // One whose agent says that all is well.
+    let liar = [&sleeper[..], &["unkillable"]].concat();
+    let liar = host.start("liar", &liar, &[]).await;
+    let stop = |pid: u32| {
+        // SAFETY: kill(2) takes numbers.
+        unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGSTOP) };
+    };
+    let ends = async |task: &Task, hangs: bool| {
+        let pid = host.create(task).await;
+        task.run("").await.unwrap();
+        if hangs {
+            stop(pid);
+        }
+        assert_eq!(code(task.delete("").await).0, Code::FAILED_PRECONDITION);
+        task.kill("", libc::SIGKILL).await.unwrap();
+        assert_eq!(task.wait("").await, 137);
+        task.delete("").await.unwrap();
+    };
+    let never_started = async |task: &Task| {
+        stop(host.create(task).await);
+        assert_eq!(task.delete("").await.unwrap().exit_status, 137);
+    };
+    tokio::join!(
+        ends(&hung, true),
+        never_started(&hung_early),
+        ends(&liar, false)
+    );
+    for task in [&hung, &hung_early, &liar] {
+        task.shutdown().await;
+    }
+    for task in [&hung, &hung_early, &liar] {
+        host.nothing_is_left(&task.address()).await;
+    }
 }

@@ -235,6 +235,16 @@ fn a_bind_source_that_is_missing() {
     );
 }
 
+/// Found when the VM started ahead is already on its way.
+#[test]
+fn a_log_that_husk_cannot_write() {
+    // The first pod of all leaves directories of containerd's that stay for good.
+    assert_works_again();
+    let uri = "binary:///usr/bin/logger";
+    assert_fails(&Run::husk(&["true"]).flags(&["--log-uri", uri]), &[uri]);
+    assert_works_again();
+}
+
 #[test]
 fn the_hosts_network_is_refused_by_name() {
     assert_fails(&Run::husk(&["true"]).flags(&["--net-host"]), &["network"]);

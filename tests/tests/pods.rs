@@ -48,7 +48,20 @@ fn a_pod_whose_vmm_dies_is_reported_and_leaves_nothing() {
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
     let pod = Container::idle(Runtime::Husk);
-    kill_by_name("husk-vmm");
+    signal_by_name("-9", "husk-vmm");
+    pod.wait_stopped();
+    pod.remove();
+    before.assert_restored();
+}
+
+/// A guest that answers nothing: its VMM is stopped, and still goes.
+#[test]
+fn a_pod_that_hangs_is_removed_and_leaves_nothing() {
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    let pod = Container::idle(Runtime::Husk);
+    signal_by_name("-STOP", "husk-vmm");
+    pod.task("kill", &["-s", "9"]).ok();
     pod.wait_stopped();
     pod.remove();
     before.assert_restored();
@@ -59,7 +72,7 @@ fn a_pod_whose_shim_dies_is_reported_and_leaves_nothing() {
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
     let pod = Container::idle(Runtime::Husk);
-    kill_by_name("containerd-shim-husk-v2");
+    signal_by_name("-9", "containerd-shim-husk-v2");
     pod.wait_stopped();
     pod.remove();
     before.assert_restored();
@@ -133,18 +146,18 @@ fn a_trace_of_any_kind_is_seen() {
     before.assert_restored();
 }
 
-/// Kills every process of this name: these tests run one at a time, alone in their lab.
-fn kill_by_name(name: &str) {
-    let mut killed = 0;
+/// Signals every process of this name: these tests run one at a time, alone in their lab.
+fn signal_by_name(signal: &str, name: &str) {
+    let mut signalled = 0;
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let path = entry.path();
         let exe = fs::read_link(path.join("exe")).unwrap_or_default();
         if exe.file_name().is_some_and(|file| file == name) {
             let pid = entry.file_name();
             let pid = pid.to_str().expect("a pid");
-            command::run(Command::new("kill").args(["-9", pid]), b"").ok();
-            killed += 1;
+            command::run(Command::new("kill").args([signal, pid]), b"").ok();
+            signalled += 1;
         }
     }
-    assert!(killed > 0, "no process runs {name}");
+    assert!(signalled > 0, "no process runs {name}");
 }

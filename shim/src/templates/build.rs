@@ -27,7 +27,7 @@ use super::{
     manifest::{MEMORY, PAGES, STATE},
     pages,
     size::Size,
-    store::Store,
+    store::{Store, Unusable},
 };
 use crate::{
     cgroup,
@@ -99,7 +99,8 @@ async fn build(config: &Config, scope: Scope) -> Result<Built, BuildError> {
     match store.open(&made_of) {
         Ok(Some(_)) => return Ok(Built::There(key)),
         Ok(None) => {}
-        Err(unfit) => {
+        Err(Unusable::Place(why)) => return Err(in_store(io::Error::other(why))),
+        Err(Unusable::Template(unfit)) => {
             let removed = store.remove(&key, Some(unfit.identity));
             removed.map_err(in_store)?;
         }

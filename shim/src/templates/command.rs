@@ -89,7 +89,10 @@ pub fn run(args: &[&str]) -> Result<String, CommandError> {
     };
     match task {
         Task::Build { namespace } => build(&config, namespace),
-        Task::List => Ok(table(&store.list().map_err(failed)?, SystemTime::now())),
+        Task::List => {
+            let entries = store.list().map_err(failed)?;
+            Ok(table(&entries, &store.check_place(), SystemTime::now()))
+        }
         Task::Remove { keys } => {
             let entries = store.list().map_err(failed)?;
             let keys = keys.iter().map(|key| find(&entries, key));
@@ -221,7 +224,7 @@ fn find<'a>(entries: &'a [Entry], text: &str) -> Result<&'a Key, CommandError> {
     }
 }
 
-fn table(entries: &[Entry], now: SystemTime) -> String {
+fn table(entries: &[Entry], place: &Result<(), String>, now: SystemTime) -> String {
     let mut rows =
         vec![["KEY", "AGE", "SIZE", "MEMORY", "VCPUS", "SHARED BY", "FIT"].map(String::from)];
     for entry in entries {
@@ -235,6 +238,7 @@ fn table(entries: &[Entry], now: SystemTime) -> String {
                 let age = made.and_then(|made| now.duration_since(made).ok());
                 let fit = entry
                     .check()
+                    .and_then(|()| place.clone())
                     .and_then(|()| manifest.made_of.outdated().map_or(Ok(()), Err));
                 [
                     key,

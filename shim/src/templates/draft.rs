@@ -14,7 +14,7 @@ use std::{
 use super::{
     key::{Ingredients, Key},
     manifest::{Content, MANIFEST, MEMORY, Manifest, PAGES, STATE},
-    store::{Store, discard, rename_new, set_immutable},
+    store::{Store, Unusable, discard, rename_new, set_immutable},
 };
 
 /// What begins the name of a template in the making.
@@ -113,7 +113,8 @@ impl<'a> Draft<'a> {
                 let unfit = match self.store.open(&manifest.made_of) {
                     Ok(Some(_)) => return Ok(()),
                     Ok(None) => None,
-                    Err(unfit) => Some(unfit.identity),
+                    Err(Unusable::Template(unfit)) => Some(unfit.identity),
+                    Err(Unusable::Place(why)) => return Err(io::Error::other(why)),
                 };
                 self.store.remove(&self.key, unfit)?;
                 rename_new(&self.path, &place)?;

@@ -59,6 +59,15 @@ pub struct Unfit {
     pub reason: String,
 }
 
+/// Why there is no template to be had.
+#[derive(Debug)]
+pub enum Unusable {
+    /// None of the store's is, and none that would be built: others could put some there. For people.
+    Place(String),
+    /// That one only.
+    Template(Unfit),
+}
+
 /// What a directory of the store holds.
 pub struct Entry {
     pub key: Key,
@@ -102,13 +111,14 @@ impl Store {
     /// Opens the template made of this, if there is one. Checks all that can be checked without
     /// reading its bytes: the VMM knows the state's checksum, and memory that was written to after
     /// it was made has another ctime.
-    pub fn open(&self, made_of: &Ingredients) -> Result<Option<Template>, Unfit> {
+    pub fn open(&self, made_of: &Ingredients) -> Result<Option<Template>, Unusable> {
         let key = made_of.key();
+        self.check_place().map_err(Unusable::Place)?;
         let Some((directory, found)) = self.open_directory(&key).ok().flatten() else {
             return Ok(None);
         };
         let identity = Identity::of(&found);
-        let opened = self.check_place().and_then(|()| {
+        let fit = || {
             manifest::check_owner("its directory", &found, 0o077)?;
             let manifest = Manifest::read(&directory)?;
             if manifest.made_of.key() != key {
@@ -124,13 +134,13 @@ impl Store {
                 key,
                 identity,
             })
-        });
-        match opened {
+        };
+        match fit() {
             Ok(template) => {
                 note_use(&directory, &found);
                 Ok(Some(template))
             }
-            Err(reason) => Err(Unfit { identity, reason }),
+            Err(reason) => Err(Unusable::Template(Unfit { identity, reason })),
         }
     }
 
@@ -227,17 +237,20 @@ impl Store {
         }
     }
 
-    /// Nobody else may put things into the store.
-    fn check_place(&self) -> Result<(), String> {
+    /// Nobody else may put things into the store, once there is one. The error is the reason for people.
+    pub fn check_place(&self) -> Result<(), String> {
         let place = self.directory.display().to_string();
-        let found = fs::metadata(&self.directory).map_err(|e| format!("{place}: {e}"))?;
-        manifest::check_owner(&place, &found, 0o022)
+        match fs::metadata(&self.directory) {
+            Ok(found) => manifest::check_owner(&place, &found, 0o022),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(format!("{place}: {e}")),
+        }
     }
 }
 
 impl Entry {
-    /// Whether it is what was written, as far as that shows without reading it. The error is the
-    /// reason for people, here and below.
+    /// Whether it is what was written, as far as that shows without reading it, wherever it is
+    /// ([`Store::check_place`]). The error is the reason for people, here and below.
     pub fn check(&self) -> Result<(), String> {
         self.files().map(drop)
     }

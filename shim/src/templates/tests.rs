@@ -13,7 +13,7 @@ use super::{
     gc::Limits,
     key::{Ingredients, Key, Scope, tests::config},
     manifest::{MANIFEST, MEMORY, PAGES, STATE},
-    store::{Store, set_immutable},
+    store::{Store, Unfit, Unusable, set_immutable},
 };
 
 /// Room for everything.
@@ -87,6 +87,32 @@ fn writable(path: &Path) -> File {
     set_immutable(&File::open(path).unwrap(), false).ok();
     fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
     File::options().write(true).open(path).unwrap()
+}
+
+fn unfit(store: &Store, made_of: &Ingredients) -> Unfit {
+    match store.open(made_of) {
+        Err(Unusable::Template(unfit)) => unfit,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_store_that_is_open_to_others_says_nothing_of_its_templates() {
+    let host = Host::new();
+    let (made_of, _) = host.make("a");
+    let mode = |mode| {
+        fs::set_permissions(host.store.path(), Permissions::from_mode(mode)).unwrap();
+    };
+    mode(0o777);
+    for made_of in [&made_of, &host.made_of("b")] {
+        match host.store.open(made_of) {
+            Err(Unusable::Place(why)) => assert!(why.contains("has mode 777"), "{why}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(host.store.gc(ALL).unwrap(), []);
+    mode(0o700);
+    assert_eq!(host.read(&made_of), "memorystatepages");
 }
 
 #[test]
@@ -187,7 +213,7 @@ fn a_fit_template_is_not_replaced_and_an_unfit_one_is() {
 #[test]
 fn every_change_is_noticed_without_reading() {
     type Damage = fn(&Path);
-    let damages: [(&str, Damage); 13] = [
+    let damages: [(&str, Damage); 12] = [
         ("memory has 7 bytes, not 6", |at| {
             writable(&at.join(MEMORY)).set_len(7).unwrap();
         }),
@@ -243,15 +269,12 @@ fn every_change_is_noticed_without_reading() {
         ("its directory has mode 770", |at| {
             fs::set_permissions(at, Permissions::from_mode(0o770)).unwrap();
         }),
-        ("has mode 777", |at| {
-            fs::set_permissions(at.parent().unwrap(), Permissions::from_mode(0o777)).unwrap();
-        }),
     ];
     for (expected, damage) in damages {
         let host = Host::new();
         let (made_of, place) = host.make("a");
         damage(&place);
-        let unfit = host.store.open(&made_of).unwrap_err();
+        let unfit = unfit(&host.store, &made_of);
         assert!(
             unfit.reason.contains(expected),
             "{expected}: {}",
@@ -412,7 +435,7 @@ fn what_is_no_directory_is_unfit_and_goes() {
         let remove = |store: &Store| store.remove(&made_of.key(), None).unwrap();
         assert!(remove(&host.store));
         put(&place);
-        let unfit = host.store.open(&made_of).unwrap_err();
+        let unfit = unfit(&host.store, &made_of);
         assert_eq!(host.store.list().unwrap().len(), 1);
         assert!(host.store.list().unwrap()[0].check().is_err());
         let gone = host.store.remove(&made_of.key(), Some(unfit.identity));

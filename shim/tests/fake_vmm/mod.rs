@@ -616,6 +616,9 @@ impl agent_ttrpc::Agent for Guest {
         _: &TtrpcContext,
         r: agent::SignalRequest,
     ) -> Answer<agent::SignalResponse> {
+        if self.is_told(&(r.container_id.clone(), String::new()), "unkillable") {
+            return Ok(agent::SignalResponse::default());
+        }
         let processes = self.processes.lock().unwrap();
         for ((container, exec), process) in &*processes {
             if *container != r.container_id || !(r.all || *exec == r.exec_id) {

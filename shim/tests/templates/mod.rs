@@ -2,11 +2,11 @@
 //! from, damaged, and seen to by hand. What a start was shows in the shim's log.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io::Read,
     os::{
         fd::AsRawFd,
-        unix::fs::{FileExt, OpenOptionsExt},
+        unix::fs::{FileExt, OpenOptionsExt, PermissionsExt},
     },
     path::PathBuf,
     process::{Command, Output, Stdio},
@@ -281,6 +281,29 @@ pub(crate) async fn a_clone_that_cannot_grow_costs_no_pod() {
     let log = host.pod("c1").await;
     let complaint = "give the guest the pod's size: memory/probe: ENOMEM";
     assert!(log.contains(" booted=") && log.contains(complaint), "{log}");
+}
+
+pub(crate) async fn a_store_that_is_open_to_others_is_left_alone() {
+    let host = host("boots").await;
+    let key = host.build();
+    let store = host.0.at("templates");
+    let mode = |mode| fs::set_permissions(&store, Permissions::from_mode(mode)).unwrap();
+    mode(0o777);
+    let log = host.pod("c1").await;
+    assert!(
+        log.contains(" booted=") && log.contains("no template: ") && log.contains("has mode 777"),
+        "{log}"
+    );
+    // Neither removed nor built anew, which would help nobody.
+    assert_eq!(fs::read_dir(&store).unwrap().count(), 1);
+    assert!(host.said(&["ls"]).contains("has mode 777"));
+    let refused = host.husk(&["build", "--namespace", &host.0.namespace]);
+    let complaint = String::from_utf8(refused.stderr).unwrap();
+    assert!(complaint.contains("has mode 777"), "{complaint}");
+    mode(0o700);
+    let log = host.pod("c2").await;
+    assert!(log.contains(" restored="), "{log}");
+    assert_eq!(host.names(), [key]);
 }
 
 pub(crate) async fn a_template_that_vanishes_in_use_is_used() {

@@ -16,12 +16,10 @@ use husk_proto::{SHARES, SHARES_TAG};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 use rustix::process::{Resource, Rlimit, setrlimit};
-use rustix::system::{RebootCommand, reboot};
 use rustix::time::{ClockId, clock_gettime};
-use tokio::sync::Notify;
 use tokio::task::{LocalSet, spawn_local};
 
-use crate::connection::{self, End};
+use crate::connection;
 use crate::container::Ground;
 use crate::events::Events;
 use crate::kmsg;
@@ -101,28 +99,18 @@ async fn serve(began: Duration) -> io::Result<()> {
         events: Arc::clone(&events),
     };
     let door = Pod::open(ground, prepare_for_containers);
-    let service = Arc::new(Service {
-        door,
-        events,
-        shut_down: Arc::new(Notify::new()),
-    });
+    let service = Arc::new(Service { door, events });
 
     let settled = uptime();
-    let mut socket = dialling.await.map_err(io::Error::other)?;
+    let socket = dialling
+        .await
+        .map_err(io::Error::other)?
+        .map_err(|error| named("dial the host", error))?;
     log::debug!(
         "since the guest's boot: PID 1 {began:?}, dialling {dialled:?}, settled {settled:?}, answered {:?}",
         uptime()
     );
-    loop {
-        match connection::serve(socket, Arc::clone(&service)).await {
-            End::ShutDown => {
-                reboot(RebootCommand::PowerOff)
-                    .map_err(|error| named("power off", error.into()))?;
-            }
-            End::Lost => log::warn!("the host has hung up; dialling again"),
-        }
-        socket = connection::dial().await;
-    }
+    Err(io::Error::other(connection::serve(socket, service).await))
 }
 
 /// Puts a mount of the root over itself: the initial root file system has no parent, and pivot_root,

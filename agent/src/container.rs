@@ -426,10 +426,6 @@ impl Container {
         Ok(())
     }
 
-    pub fn pids(&self) -> Vec<u32> {
-        self.cgroup.pids()
-    }
-
     pub async fn pause(&self, pause: bool) -> Result<(), Fault> {
         if self.init.has_ended() {
             return Err(self.stopped(if pause { "pause" } else { "resume" }));

@@ -610,17 +610,15 @@ fn requests_at_the_wrong_time_are_refused() {
 #[test]
 fn a_paused_container_stands_still() {
     with_rig!(rig, {
-        let c = rig
-            .create(rig.spec(&[
-                "sh",
-                "-c",
-                "sleep 60 & while :; do echo x; sleep 0.01; done",
-            ]))
-            .await
-            .unwrap();
+        let spec = rig.spec(&[
+            "sh",
+            "-c",
+            "sleep 60 & while :; do echo x; sleep 0.01; done",
+        ]);
+        let c = rig.create(spec.clone()).await.unwrap();
         rig.start(&c.id, "").await.unwrap();
         c.io.line().await;
-        assert!(rig.pids(&c.id).await.len() >= 2);
+        assert!(rig.pids(&spec).len() >= 2);
         rig.pause(&c.id, true).await.unwrap();
         assert_eq!(
             rig.pause(&c.id, true).await.unwrap_err().0,

@@ -615,10 +615,6 @@ impl agent_ttrpc::Agent for Guest {
         }
     }
 
-    async fn pids(&self, _: &TtrpcContext, _: agent::PidsRequest) -> Answer<agent::PidsResponse> {
-        Ok(agent::PidsResponse::default())
-    }
-
     async fn pause(
         &self,
         _: &TtrpcContext,
@@ -653,14 +649,5 @@ impl agent_ttrpc::Agent for Guest {
             files,
             ..agent::StatsResponse::default()
         })
-    }
-
-    async fn shutdown(
-        &self,
-        _: &TtrpcContext,
-        _: agent::ShutdownRequest,
-    ) -> Answer<agent::ShutdownResponse> {
-        io::stderr().flush().unwrap();
-        std::process::exit(0)
     }
 }

@@ -35,7 +35,11 @@ pub fn accept_streams(arrivals: Rc<Arrivals>) -> io::Result<impl Future<Output =
     Ok(async move {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => arrivals.connection(OwnedFd::from(stream)),
+                Ok((stream, peer)) if peer.cid() == HOST_CID => {
+                    arrivals.connection(OwnedFd::from(stream));
+                }
+                // Not a word for each: whoever does this does it in a loop.
+                Ok((_, peer)) => log::debug!("a stream of {peer:?} is none of the host's: closed"),
                 Err(error) => {
                     log::warn!("accept a stream: {error}");
                     sleep(ACCEPT_PAUSE).await;

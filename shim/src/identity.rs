@@ -25,10 +25,8 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// The first call to an agent.
 pub fn hello() -> api::HelloRequest {
     let mut entropy = vec![0; 64];
-    // SAFETY: the buffer has that many bytes.
-    let got = unsafe { libc::getrandom(entropy.as_mut_ptr().cast(), entropy.len(), 0) };
-    if got != 64 {
-        log::error!("getrandom: {}", io::Error::last_os_error());
+    if let Err(e) = fill_randomly(&mut entropy) {
+        log::error!("getrandom: {e}");
         // The agent refuses a guest without randomness of its own: better no clone than two that are alike.
         entropy.clear();
     }
@@ -70,6 +68,24 @@ pub async fn lead_clock(agent: AgentClient, mut steps: Option<ClockSteps>) {
             log::debug!("set the guest's clock: {e}");
             return;
         }
+    }
+}
+
+/// A number that nobody in the guest can guess, never 0: who knows a stream's could answer for it.
+pub fn stream_id() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    fill_randomly(&mut bytes)?;
+    Ok(u64::from_ne_bytes(bytes).max(1))
+}
+
+/// At most 256 bytes, which come whole (getrandom(2)).
+fn fill_randomly(bytes: &mut [u8]) -> io::Result<()> {
+    // SAFETY: the buffer has that many bytes.
+    let got = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
+    match usize::try_from(got) {
+        Ok(got) if got == bytes.len() => Ok(()),
+        Ok(got) => Err(io::Error::other(format!("{got} bytes of {}", bytes.len()))),
+        Err(_) => Err(io::Error::last_os_error()),
     }
 }
 
@@ -142,6 +158,17 @@ fn hostname() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_of_streams_cannot_be_guessed() {
+        let mut ids: Vec<u64> = (0..64).map(|_| stream_id().unwrap()).collect();
+        // Not counted, not from a small range: each bit is set in some and not in others.
+        assert_eq!(ids.iter().fold(0, |all, id| all | id), u64::MAX);
+        assert_eq!(ids.iter().fold(u64::MAX, |all, id| all & id), 0);
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), 64);
+    }
 
     #[test]
     fn the_first_call_says_everything() {

@@ -10,7 +10,7 @@ use std::{
 
 use husk_tests::{
     command,
-    ctr::{Container, Run, Runtime, ctr, fresh_id},
+    ctr::{Container, PROBE_MOUNT, Run, Runtime, ctr, fresh_id},
 };
 
 /// Where the lab installs it; static, so that it runs in any image.
@@ -40,10 +40,6 @@ impl Drop for Volume {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-fn probe_mount() -> String {
-    format!("type=bind,src={PROBE},dst=/probe,options=rbind:ro")
 }
 
 /// The pid that containerd knows the task by.
@@ -88,7 +84,7 @@ fn locks_on_a_volume_end_at_the_guest() {
                 "--mount",
                 &volume.mount(),
                 "--mount",
-                &probe_mount(),
+                PROBE_MOUNT,
             ],
             &["sleep", "86400"],
         );
@@ -123,10 +119,10 @@ fn an_open_file_of_a_volume_is_cached() {
         let script = "exec 3</data/file; read before <&3; echo $before; read go; \
             /probe reread <&3; cat /data/file";
         let id = fresh_id("cached");
-        let mounts = [volume.mount(), probe_mount()];
+        let mount = volume.mount();
         let mut running = Run::husk(&["sh", "-c", script])
             .runtime(runtime)
-            .flags(&["--mount", &mounts[0], "--mount", &mounts[1]])
+            .flags(&["--mount", &mount, "--mount", PROBE_MOUNT])
             .command(&id)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

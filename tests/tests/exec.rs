@@ -2,7 +2,7 @@
 
 use husk_tests::{
     command,
-    ctr::{Container, Runtime},
+    ctr::{Container, PROBE_MOUNT, Runtime},
 };
 
 #[test]
@@ -107,4 +107,19 @@ fn exec_runs_as_the_user_asked_for() {
         b"",
     );
     assert_eq!(outcome.ok(), "1000\n1001\n/tmp\n");
+}
+
+/// Standard streams travel by vsock, which needs no privilege: a process that reached the agent's port could
+/// answer in place of the host for what is executed next.
+#[test]
+fn a_container_does_not_reach_the_port_of_streams() {
+    let pod = Container::detached(
+        Runtime::Husk,
+        &["--null-io", "--mount", PROBE_MOUNT],
+        &["sleep", "86400"],
+    );
+    let mut probe = pod.exec_command(&["--user", "1000"], &["/probe", "streams"]);
+    let said = command::run(&mut probe, b"").ok();
+    assert_eq!(said.lines().count(), 2, "{said}");
+    assert!(!said.contains("let in"), "{said}");
 }

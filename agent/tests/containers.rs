@@ -167,6 +167,21 @@ fn what_cannot_be_executed_is_told_in_runcs_words() {
 }
 
 #[test]
+fn the_last_of_several_values_counts() {
+    with_rig!(rig, {
+        // Not through a shell, which would sort it out.
+        let mut spec = rig.spec(&["cat", "/proc/self/environ"]);
+        spec["process"]["env"] = json!(["PATH=/nowhere", "WORD=old", "PATH=/bin", "WORD=new"]);
+        let done = rig.run_container(spec).await;
+        assert_eq!(
+            done.out, "PATH=/bin\0WORD=new\0HOME=/root\0",
+            "{}",
+            done.err
+        );
+    });
+}
+
+#[test]
 fn a_process_is_who_the_specification_says() {
     with_rig!(rig, {
         let mut spec = rig.spec(&[

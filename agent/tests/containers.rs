@@ -116,11 +116,6 @@ fn what_cannot_be_executed_is_told_in_runcs_words() {
             ),
             (
                 vec!["true"],
-                "/nope",
-                "chdir to cwd (\"/nope\") set in config.json failed: no such file or directory",
-            ),
-            (
-                vec!["true"],
                 "/etc/passwd",
                 "chdir to cwd (\"/etc/passwd\") set in config.json failed: not a directory",
             ),
@@ -157,12 +152,49 @@ fn what_cannot_be_executed_is_told_in_runcs_words() {
             rig.delete(&c, &id).await.unwrap();
         }
         let mut process = rig.process(&["true"]);
+        process["cwd"] = json!("/nope");
+        rig.exec(&c, "nope", process).await.unwrap();
+        let error = rig.start(&c, "nope").await.unwrap_err();
+        assert_eq!(
+            error.1,
+            "chdir to cwd (\"/nope\") set in config.json failed: no such file or directory"
+        );
+        let mut process = rig.process(&["true"]);
         process["cwd"] = json!("/root");
         process["user"] = json!({"uid": 1000, "gid": 1000});
         rig.exec(&c, "user", process).await.unwrap();
         // As runc: root may enter where the user may not.
         rig.start(&c, "user").await.unwrap();
         rig.remove(&c).await;
+    });
+}
+
+/// For a container's init, whatever the image's links say; not for added processes, as above.
+#[test]
+fn a_missing_working_directory_is_made() {
+    with_rig!(rig, {
+        let image = rig.fresh_image("cwd");
+        let outside = image.with_extension("cwd-outside");
+        std::os::unix::fs::symlink(&outside, image.join("link")).unwrap();
+        for (cwd, read_only) in [("/srv/a/b", false), ("/srv/c", true), ("/link/d", false)] {
+            let mut spec = rig.spec(&["sh", "-c", "pwd; ls -ld . | cut -c1-10"]);
+            spec["root"] = json!({"path": image, "readonly": read_only});
+            spec["process"]["cwd"] = json!(cwd);
+            spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+            let done = rig.run_container(spec).await;
+            let at = if cwd == "/link/d" {
+                format!("{}/d", outside.display())
+            } else {
+                cwd.into()
+            };
+            assert_eq!(done.out, format!("{at}\ndrwxr-xr-x\n"), "{}", done.err);
+        }
+        assert!(!outside.exists());
+        let mut spec = rig.spec(&["true"]);
+        spec["process"]["cwd"] = json!("/etc/passwd/d");
+        let error = rig.create(spec).await.unwrap_err();
+        assert_eq!(error.1, "mkdir /etc/passwd/d: not a directory");
+        std::fs::remove_dir_all(image).unwrap();
     });
 }
 

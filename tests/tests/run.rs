@@ -126,3 +126,30 @@ fn kill_all_reaches_every_process() {
     );
     assert_eq!(extra.finish().code(), 143);
 }
+
+#[test]
+fn a_missing_working_directory_is_made_as_under_runc() {
+    for flags in [
+        &["--cwd", "/no/such/directory"][..],
+        &["--cwd", "/no/such/directory", "--read-only"],
+        &["--cwd", "/etc/passwd/directory"],
+    ] {
+        let [husk, runc] = [Runtime::Husk, Runtime::Runc].map(|runtime| {
+            let outcome = Run::husk(&["sh", "-c", "pwd; ls -ld ."])
+                .runtime(runtime)
+                .flags(flags)
+                .go();
+            let error = outcome.err();
+            let cause = error.trim().rsplit(": ").next().map(str::to_owned);
+            // Without the time, which differs.
+            let said: Vec<_> = outcome
+                .out()
+                .split_whitespace()
+                .take(5)
+                .map(str::to_owned)
+                .collect();
+            (outcome.code(), said, cause)
+        });
+        assert_eq!(husk, runc, "{flags:?}");
+    }
+}

@@ -49,7 +49,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: SetClockRequest,
     ) -> Answer<SetClockResponse> {
-        identity::follow(request.wall_clock_ns)?;
+        identity::follow(request.wall_clock_ns, request.at_once)?;
         Ok(SetClockResponse::default())
     }
 

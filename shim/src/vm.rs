@@ -20,6 +20,7 @@ use husk_proto::{
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use ttrpc::{
@@ -231,10 +232,7 @@ impl Vm {
         let left = limit.saturating_sub(self.begun.elapsed());
         let steps = ClockSteps::watch();
         let greeting = timeout(left, async {
-            let hello = self
-                .agent
-                .hello(context::Context::default(), &identity::hello())
-                .await?;
+            let hello = identity::greet(&self.agent).await?;
             let request = api::EventsRequest::default();
             let stream = self
                 .agent
@@ -262,7 +260,9 @@ impl Vm {
             self.begun.elapsed().as_millis()
         );
         self.advance(Phase::Ready);
-        tokio::spawn(identity::lead_clock(self.agent.clone(), steps));
+        // Ends with this task.
+        let mut clock = JoinSet::new();
+        clock.spawn(identity::lead_clock(self.agent.clone(), steps));
         loop {
             let event = match stream.recv().await {
                 Ok(Some(event)) => event.event,

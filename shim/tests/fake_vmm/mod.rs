@@ -457,6 +457,14 @@ impl agent_ttrpc::Agent for Guest {
         })
     }
 
+    async fn set_clock(
+        &self,
+        _: &TtrpcContext,
+        _: agent::SetClockRequest,
+    ) -> Answer<agent::SetClockResponse> {
+        Ok(agent::SetClockResponse::default())
+    }
+
     async fn prepare(
         &self,
         _: &TtrpcContext,

@@ -213,6 +213,37 @@ fn the_last_of_several_values_counts() {
     });
 }
 
+/// As Docker and systemd do in a container: init moves into a child, and the children get controllers.
+#[test]
+fn a_process_is_added_where_cgroups_are_the_containers_own() {
+    with_rig!(rig, {
+        let spec = rig.spec(&["sleep", "1000"]);
+        let cgroup = rig.cgroup(spec["linux"]["cgroupsPath"].as_str().unwrap());
+        let c = rig.create(spec.clone()).await.unwrap().id;
+        rig.start(&c, "").await.unwrap();
+        let controllers = std::fs::read_to_string(cgroup.join("cgroup.controllers")).unwrap();
+        let Some(controller) = controllers.split_whitespace().next() else {
+            eprintln!("SKIPPED: no controllers of cgroup v2 here");
+            return rig.remove(&c).await;
+        };
+        let own = cgroup.join("own");
+        std::fs::create_dir(&own).unwrap();
+        let init = rig.pids(&spec)[0].to_string();
+        std::fs::write(own.join("cgroup.procs"), init).unwrap();
+        let children = cgroup.join("cgroup.subtree_control");
+        std::fs::write(children, format!("+{controller}")).unwrap();
+
+        let process = rig.process(&["cat", "/proc/self/cgroup"]);
+        let io = rig.exec(&c, "e", process).await.unwrap();
+        rig.start(&c, "e").await.unwrap();
+        let out = io.rest().await.0;
+        assert!(out.contains("0::/own\n"), "{out}");
+        assert_eq!(rig.exit(&c, "e").await, 0);
+        rig.remove(&c).await;
+        assert!(!cgroup.exists());
+    });
+}
+
 #[test]
 fn a_process_is_who_the_specification_says() {
     with_rig!(rig, {

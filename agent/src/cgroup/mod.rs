@@ -10,7 +10,7 @@ pub mod settings;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, openat};
@@ -207,6 +207,21 @@ impl Cgroup {
         pids.sort_unstable();
         pids.dedup();
         pids
+    }
+
+    /// The cgroup that a process of this container is in now, which may be one that the container made
+    /// for itself: this one holds no processes any more once its children have controllers
+    /// (cgroup-v2, "No Internal Process Constraint").
+    pub fn of_process(&self, pid: i32) -> Option<OwnedFd> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let path = self.root.join(path);
+        // Whatever became of the process, nobody is put outside of the container.
+        let outside = path.components().any(|part| part == Component::ParentDir);
+        if outside || !path.starts_with(&self.path) {
+            return None;
+        }
+        File::open(path).ok().map(OwnedFd::from)
     }
 
     pub fn kill_all(&self) -> Result<(), CgroupError> {

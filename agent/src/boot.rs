@@ -30,8 +30,10 @@ use crate::service::Service;
 use crate::streams::Arrivals;
 use crate::sys;
 
-/// The kernel's bound (fs.nr_open).
+/// What a container without limits of its own may have open; the kernel's own bound.
 const OPEN_FILES: u64 = 1 << 20;
+/// What one that asks may have (fs.nr_open), as systemd has it on a host: clients pass on the host's limit.
+const OPEN_FILES_ASKED_FOR: &str = "1073741816";
 
 /// The whole life of PID 1.
 pub fn run() -> ! {
@@ -143,6 +145,8 @@ fn settle() -> io::Result<()> {
     // When memory runs out, the workload is to blame.
     fs::write("/proc/self/oom_score_adj", "-999")
         .map_err(|error| named("write /proc/self/oom_score_adj", error))?;
+    fs::write("/proc/sys/fs/nr_open", OPEN_FILES_ASKED_FOR)
+        .map_err(|error| named("write /proc/sys/fs/nr_open", error))?;
     // What a container without limits of its own gets: as under containerd's service file.
     for (resource, limit) in [
         (Resource::Nofile, Some(OPEN_FILES)),

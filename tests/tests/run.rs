@@ -198,3 +198,12 @@ fn a_missing_working_directory_is_made_as_under_runc() {
         assert_eq!(husk, runc, "{flags:?}");
     }
 }
+
+/// systemd raises the kernel's bound, and clients pass on the host's limit.
+#[test]
+fn as_many_files_as_on_a_host_may_be_asked_for() {
+    let script = "ulimit -Hn 1073741816 && ulimit -Hn";
+    let flags = ["--privileged", "--privileged-without-host-devices"];
+    let out = Run::husk(&["sh", "-c", script]).flags(&flags).go().ok();
+    assert_eq!(out, "1073741816\n");
+}

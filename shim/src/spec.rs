@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::mount::Attributes;
+use crate::{devices, mount::Attributes};
 
 /// Bytes of a `config.json` at most.
 const FILE_LIMIT: u64 = 16 << 20;
@@ -132,6 +132,7 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
     let network = take_namespaces(spec)?;
     let (root, root_share) = rewrite_root(spec, bundle, prefix)?;
     let binds = rewrite_binds(spec, bundle, prefix)?;
+    devices::rewrite(spec)?;
     let cgroups_path = match spec.pointer_mut("/linux/cgroupsPath") {
         // The guest's cgroup tree is the pod's own: the host's place in it means nothing there.
         Some(Value::String(path)) => Some(std::mem::replace(path, format!("/{id}"))),
@@ -420,6 +421,18 @@ mod tests {
         assert!(error.starts_with("mounts[1].source: "), "{error}");
         let error = error_of(|spec| *spec = json!([]));
         assert!(error.starts_with("config.json: "), "{error}");
+    }
+
+    #[test]
+    fn devices_of_the_host_are_refused() {
+        let error = error_of(|spec| {
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        });
+        assert!(
+            error.starts_with("linux.devices[0]: /dev/sda (b 8:0)"),
+            "{error}"
+        );
     }
 
     #[test]

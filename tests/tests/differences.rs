@@ -168,3 +168,19 @@ fn the_root_is_a_share() {
     let words: Vec<_> = root.split(' ').collect();
     assert_eq!((words[0], words[2]), ("none", "virtiofs"), "{root}");
 }
+
+/// Privileged is what it is in the guest, with the guest's devices.
+#[test]
+fn a_privileged_container_has_the_guests_devices() {
+    let script = "ls /dev; : <>/dev/net/tun && echo opened";
+    let listed = |runtime| {
+        let args = ["sh", "-c", script];
+        let run = Run::husk(&args).runtime(runtime);
+        let out = run.flags(&["--privileged"]).go().ok();
+        let lines: Vec<_> = out.lines().map(str::to_owned).collect();
+        let has = |name: &str| lines.iter().any(|line| line == name);
+        (has("opened"), has("fuse"), has("kvm"))
+    };
+    assert_eq!(listed(Runtime::Runc), (true, true, true));
+    assert_eq!(listed(Runtime::Husk), (true, true, false));
+}

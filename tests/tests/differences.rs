@@ -184,3 +184,33 @@ fn a_privileged_container_has_the_guests_devices() {
     assert_eq!(listed(Runtime::Runc), (true, true, true));
     assert_eq!(listed(Runtime::Husk), (true, true, false));
 }
+
+/// The share is sealed when the container is made: HostToContainer, in Kubernetes' words, has no effect.
+#[test]
+fn mounts_made_on_the_host_later_are_not_seen() {
+    let seen = |runtime| {
+        let volume = Volume::new();
+        let at = volume.0.to_str().expect("UTF-8");
+        let mount = |args: &[&str]| {
+            command::run(Command::new("mount").args(args), b"").ok();
+        };
+        mount(&["--bind", at, at]);
+        mount(&["--make-shared", at]);
+        let below = format!("{at}/below");
+        fs::create_dir(&below).expect("mkdir");
+        let option = format!("type=bind,src={at},dst=/data,options=rbind:rslave");
+        let container = Container::detached(
+            runtime,
+            &["--null-io", "--mount", &option],
+            &["sleep", "86400"],
+        );
+        mount(&["-t", "tmpfs", "tmpfs", &below]);
+        fs::write(format!("{below}/file"), "").expect("write");
+        let seen = container.exec(&["test", "-e", "/data/below/file"]).code() == 0;
+        drop(container);
+        command::run(Command::new("umount").args(["-R", at]), b"").ok();
+        seen
+    };
+    assert!(seen(Runtime::Runc));
+    assert!(!seen(Runtime::Husk));
+}

@@ -16,12 +16,10 @@ use husk_proto::{SHARES, SHARES_TAG};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 use rustix::process::{Resource, Rlimit, setrlimit};
-use rustix::system::{RebootCommand, reboot};
 use rustix::time::{ClockId, clock_gettime};
-use tokio::sync::Notify;
 use tokio::task::{LocalSet, spawn_local};
 
-use crate::connection::{self, End};
+use crate::connection;
 use crate::container::Ground;
 use crate::events::Events;
 use crate::kmsg;
@@ -32,8 +30,10 @@ use crate::service::Service;
 use crate::streams::Arrivals;
 use crate::sys;
 
-/// The kernel's bound (fs.nr_open).
+/// What a container without limits of its own may have open; the kernel's own bound.
 const OPEN_FILES: u64 = 1 << 20;
+/// What one that asks may have (fs.nr_open), as systemd has it on a host: clients pass on the host's limit.
+const OPEN_FILES_ASKED_FOR: &str = "1073741816";
 
 /// The whole life of PID 1.
 pub fn run() -> ! {
@@ -101,28 +101,18 @@ async fn serve(began: Duration) -> io::Result<()> {
         events: Arc::clone(&events),
     };
     let door = Pod::open(ground, prepare_for_containers);
-    let service = Arc::new(Service {
-        door,
-        events,
-        shut_down: Arc::new(Notify::new()),
-    });
+    let service = Arc::new(Service { door, events });
 
     let settled = uptime();
-    let mut socket = dialling.await.map_err(io::Error::other)?;
+    let socket = dialling
+        .await
+        .map_err(io::Error::other)?
+        .map_err(|error| named("dial the host", error))?;
     log::debug!(
         "since the guest's boot: PID 1 {began:?}, dialling {dialled:?}, settled {settled:?}, answered {:?}",
         uptime()
     );
-    loop {
-        match connection::serve(socket, Arc::clone(&service)).await {
-            End::ShutDown => {
-                reboot(RebootCommand::PowerOff)
-                    .map_err(|error| named("power off", error.into()))?;
-            }
-            End::Lost => log::warn!("the host has hung up; dialling again"),
-        }
-        socket = connection::dial().await;
-    }
+    Err(io::Error::other(connection::serve(socket, service).await))
 }
 
 /// Puts a mount of the root over itself: the initial root file system has no parent, and pivot_root,
@@ -155,6 +145,8 @@ fn settle() -> io::Result<()> {
     // When memory runs out, the workload is to blame.
     fs::write("/proc/self/oom_score_adj", "-999")
         .map_err(|error| named("write /proc/self/oom_score_adj", error))?;
+    fs::write("/proc/sys/fs/nr_open", OPEN_FILES_ASKED_FOR)
+        .map_err(|error| named("write /proc/sys/fs/nr_open", error))?;
     // What a container without limits of its own gets: as under containerd's service file.
     for (resource, limit) in [
         (Resource::Nofile, Some(OPEN_FILES)),

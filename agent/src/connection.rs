@@ -1,7 +1,7 @@
 //! The connections to the host: the contract on one that the agent dials, streams on those it accepts.
 //!
-//! Owned by `boot`'s main task. A lost contract connection is dialled again for ever; what runs is
-//! not touched by it.
+//! Owned by `boot`'s main task. The contract's connection is dialled once and lives as long as the guest: the VMM
+//! lets nobody dial a second time, and the shim ends the VM when it closes. A clone goes on with its template's.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ use husk_proto::agent_ttrpc::create_agent;
 use husk_proto::{AGENT_PORT, HOST_CID, STREAM_PORT};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener, VsockStream};
 use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
@@ -24,28 +24,22 @@ use ttrpc::r#async::transport::Listener;
 use crate::service::Service;
 use crate::streams::Arrivals;
 
-/// Between two attempts to dial; the host may be busy restoring a clone.
-const REDIAL: Duration = Duration::from_millis(10);
-/// How long the shim may take to hang up after its answer to Shutdown. It should do so at once.
-const GOODBYE: Duration = Duration::from_millis(100);
 /// Between two failures to accept, which mean that something is used up.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How a connection came to its end.
-#[derive(Debug, PartialEq, Eq)]
-pub enum End {
-    Lost,
-    /// The guest is to be powered off.
-    ShutDown,
-}
-
-/// Listens for streams; to be called before [`dial`], whose peer may send some at once.
+/// Listens for streams; to be called before [`dial`], whose peer may send some at once. They are the
+/// host's: vsock asks nobody for a privilege, and a container that reached this port could name the
+/// streams of others.
 pub fn accept_streams(arrivals: Rc<Arrivals>) -> io::Result<impl Future<Output = ()>> {
     let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, STREAM_PORT))?;
     Ok(async move {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => arrivals.connection(OwnedFd::from(stream)),
+                Ok((stream, peer)) if peer.cid() == HOST_CID => {
+                    arrivals.connection(OwnedFd::from(stream));
+                }
+                // Not a word for each: whoever does this does it in a loop.
+                Ok((_, peer)) => log::debug!("a stream of {peer:?} is none of the host's: closed"),
                 Err(error) => {
                     log::warn!("accept a stream: {error}");
                     sleep(ACCEPT_PAUSE).await;
@@ -55,29 +49,17 @@ pub fn accept_streams(arrivals: Rc<Arrivals>) -> io::Result<impl Future<Output =
     })
 }
 
-/// Dials the host until it answers.
-pub async fn dial() -> VsockStream {
-    let mut told = false;
-    loop {
-        match VsockStream::connect(VsockAddr::new(HOST_CID, AGENT_PORT)).await {
-            Ok(stream) => return stream,
-            Err(error) if told => log::debug!("dial the host: {error}"),
-            Err(error) => {
-                log::warn!("dial the host, port {AGENT_PORT}: {error}; trying on");
-                told = true;
-            }
-        }
-        sleep(REDIAL).await;
-    }
+/// Dials the host, which waits for it.
+pub async fn dial() -> io::Result<VsockStream> {
+    VsockStream::connect(VsockAddr::new(HOST_CID, AGENT_PORT)).await
 }
 
-/// Serves the contract on one connection until its end.
-pub async fn serve<S>(socket: S, service: Arc<Service>) -> End
+/// Serves the contract on one connection; says how it came to its end.
+pub async fn serve<S>(socket: S, service: Arc<Service>) -> String
 where
     S: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
 {
-    let shut_down = Arc::clone(&service.shut_down);
-    let (alive, mut closed) = oneshot::channel();
+    let (alive, closed) = oneshot::channel();
     let watched = Watched {
         socket,
         alive: Some(alive),
@@ -88,17 +70,11 @@ where
         .register_service(create_agent(service))
         .add_listener(Listener::new(connections));
     if let Err(error) = server.start().await {
-        log::error!("serve the contract: {error}");
-        return End::Lost;
+        return format!("serve the contract: {error}");
     }
-    tokio::select! {
-        _ = &mut closed => End::Lost,
-        () = shut_down.notified() => {
-            // The answer is on its way; the shim hangs up when it has it.
-            timeout(GOODBYE, closed).await.ok();
-            End::ShutDown
-        }
-    }
+    // Never sent to: what ends is the sender.
+    closed.await.ok();
+    "the host has hung up".into()
 }
 
 /// A socket that tells when it is closed from the other side, or dropped.

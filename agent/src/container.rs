@@ -329,9 +329,16 @@ impl Container {
             }
         };
         // The first process makes the second and ends; nobody needs to know when.
-        let (mut launch, _) = Launch::begin(start, &self.ground.reaper, &order)
-            .await
-            .map_err(explain)?;
+        let reaper = &self.ground.reaper;
+        let mut begun = Launch::begin(start, reaper, &order).await;
+        if matches!(&begun, Err(error) if error.is_full_cgroup()) {
+            // A container that manages cgroups of its own (Docker, systemd): beside its init, as with runc.
+            if let Some(cgroup) = self.cgroup.of_process(init.pid) {
+                let cgroup = cgroup.as_fd();
+                begun = Launch::begin(Start { cgroup, ..start }, reaper, &order).await;
+            }
+        }
+        let (mut launch, _) = begun.map_err(explain)?;
         let mut copying = ends.copy();
         let exit = launch.adopt(&self.ground.reaper).await.map_err(explain)?;
         let alive = Rc::new(
@@ -424,10 +431,6 @@ impl Container {
             watch.abort();
         }
         Ok(())
-    }
-
-    pub fn pids(&self) -> Vec<u32> {
-        self.cgroup.pids()
     }
 
     pub async fn pause(&self, pause: bool) -> Result<(), Fault> {

@@ -6,7 +6,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use husk_proto::agent::{Event, OutOfMemory, ProcessExit};
 use tokio::sync::Notify;
@@ -35,15 +34,11 @@ impl Events {
 
     /// Status: exit code, or 128 + signal.
     pub fn exit(&self, container: &str, exec: &str, status: u32) {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
         let mut event = Event::new();
         event.set_exit(ProcessExit {
             container_id: container.into(),
             exec_id: exec.into(),
             status,
-            exited_at_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             ..ProcessExit::default()
         });
         self.push(event);

@@ -42,8 +42,11 @@ pub fn assume(wall_clock_ns: u64, entropy: &[u8], hostname: &str) -> Result<(), 
     Ok(())
 }
 
-/// Follows the host's clock: steps where it is far off, slews where it is not.
-pub fn follow(wall_clock_ns: u64) -> Result<(), Fault> {
+/// Follows the host's clock: steps where it is far off or told to, slews where it is not.
+pub fn follow(wall_clock_ns: u64, at_once: bool) -> Result<(), Fault> {
+    if at_once {
+        return set(wall_clock_ns);
+    }
     let host = UNIX_EPOCH + Duration::from_nanos(wall_clock_ns);
     let (ahead, off) = match host.duration_since(SystemTime::now()) {
         Ok(behind) => (false, behind),

@@ -44,6 +44,13 @@ pub enum LaunchError {
     Killed,
 }
 
+impl LaunchError {
+    /// The cgroup takes no processes: its children have controllers.
+    pub fn is_full_cgroup(&self) -> bool {
+        matches!(self, Self::Fork(error) if error.raw_os_error() == Some(libc::EBUSY))
+    }
+}
+
 impl From<LaunchError> for Fault {
     fn from(error: LaunchError) -> Self {
         match error {
@@ -88,6 +95,7 @@ impl Drop for Launch {
 }
 
 /// What `oci-init` is started with.
+#[derive(Clone, Copy)]
 pub struct Start<'a> {
     /// The agent's own program.
     pub program: BorrowedFd<'a>,

@@ -8,21 +8,16 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
-use std::time::Duration;
 
 use husk_proto::agent::Stdio;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
-use tokio::time::timeout;
 
 use crate::container::{Container, Ground};
 use crate::fault::Fault;
 use crate::grow::{self, Size};
 use crate::rehearsal;
 use crate::spec::{self, Spec};
-
-/// How long file systems may take to write back before a shutdown.
-const SYNC_PATIENCE: Duration = Duration::from_secs(5);
 
 pub struct Pod {
     ground: Rc<Ground>,
@@ -59,7 +54,7 @@ impl Door {
                 answer.send(work(pod).await).ok();
             });
         });
-        let gone = || Fault::Broken("the agent is shutting down".into());
+        let gone = || Fault::Broken("the pod is gone".into());
         self.0.send(work).map_err(|_| gone())?;
         answered.await.map_err(|_| gone())?
     }
@@ -167,35 +162,6 @@ impl Pod {
         }
         container.delete().await?;
         self.containers.borrow_mut().remove(id);
-        Ok(())
-    }
-
-    /// Kills everything and writes back what is dirty, within bounds. The guest goes on until it is
-    /// powered off.
-    pub async fn shut_down(&self) -> Result<(), Fault> {
-        let containers: Vec<Rc<Container>> = {
-            let slots = self.containers.borrow();
-            slots
-                .values()
-                .filter_map(|slot| {
-                    if let Slot::Live(container) = slot {
-                        Some(Rc::clone(container))
-                    } else {
-                        None
-                    }
-                })
-                .collect()
-        };
-        for container in &containers {
-            container
-                .signal("", libc::SIGKILL.unsigned_abs(), true)
-                .await
-                .ok();
-        }
-        let synced = tokio::task::spawn_blocking(rustix::fs::sync);
-        if timeout(SYNC_PATIENCE, synced).await.is_err() {
-            log::warn!("shutdown: file systems are not written back after {SYNC_PATIENCE:?}");
-        }
         Ok(())
     }
 }

@@ -1,14 +1,13 @@
 //! The agent contract as ttrpc wants it: each request to its owner, and nothing else.
 //!
 //! Every method is implemented; none decides anything. What takes long is a task of the pod's, so a
-//! lost connection never leaves work half done.
+//! request that is given up never leaves work half done.
 
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use husk_proto::agent::*;
 use husk_proto::agent_ttrpc::Agent;
-use tokio::sync::Notify;
 use ttrpc::r#async::{ServerStreamSender, TtrpcContext};
 
 use crate::events::Events;
@@ -21,8 +20,6 @@ use crate::spec;
 pub struct Service {
     pub door: Door,
     pub events: Arc<Events>,
-    /// Told when the guest is to be powered off after the answer.
-    pub shut_down: Arc<Notify>,
 }
 
 type Answer<T> = ttrpc::Result<T>;
@@ -65,7 +62,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: SetClockRequest,
     ) -> Answer<SetClockResponse> {
-        identity::follow(request.wall_clock_ns)?;
+        identity::follow(request.wall_clock_ns, request.at_once)?;
         Ok(SetClockResponse::default())
     }
 
@@ -171,17 +168,6 @@ impl Agent for Service {
         Ok(DeleteResponse::default())
     }
 
-    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> Answer<PidsResponse> {
-        let pids = self
-            .door
-            .ask(move |pod| async move { Ok(pod.container(&request.container_id)?.pids()) })
-            .await?;
-        Ok(PidsResponse {
-            pids,
-            ..PidsResponse::default()
-        })
-    }
-
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> Answer<PauseResponse> {
         self.door
             .ask(move |pod| async move { pod.container(&request.container_id)?.pause(true).await })
@@ -215,13 +201,5 @@ impl Agent for Service {
             files,
             ..StatsResponse::default()
         })
-    }
-
-    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> Answer<ShutdownResponse> {
-        self.door
-            .ask(move |pod| async move { pod.shut_down().await })
-            .await?;
-        self.shut_down.notify_one();
-        Ok(ShutdownResponse::default())
     }
 }

@@ -11,7 +11,7 @@
 //!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
 //!                                        booting
 //!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
-//!           spec, shares, mount          what of the host the guest gets to see
+//!           spec, devices, shares, mount what of the host the guest gets to see
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
 //! build-template  templates            makes the template that a cold start has missed
@@ -27,6 +27,7 @@ pub mod cleanup;
 pub mod config;
 pub mod container;
 pub mod control;
+pub mod devices;
 pub mod ending;
 pub mod events;
 pub mod fault;

@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     path::{Path, PathBuf},
     process,
     sync::{
@@ -36,6 +37,7 @@ use crate::{
     container::Container,
     events::{Publisher, TaskEvent},
     fault::Fault,
+    identity,
     launch::{Launched, Setup, launch},
     options::Options,
     process::{Exit, Process},
@@ -87,7 +89,6 @@ pub struct Pod {
     /// The template that its VM could not start from, to be built once there is time for it.
     wanted: Mutex<Option<(Config, Ingredients)>>,
     events: Publisher,
-    next_stream: AtomicU64,
     next_container: AtomicU64,
     /// The shim may go.
     pub over: Notify,
@@ -103,7 +104,6 @@ impl Pod {
             vm: OnceCell::new(),
             wanted: Mutex::default(),
             events,
-            next_stream: AtomicU64::new(1),
             next_container: AtomicU64::new(0),
             over: Notify::new(),
         })
@@ -137,8 +137,8 @@ impl Pod {
         }
     }
 
-    pub(crate) fn next_stream(&self) -> u64 {
-        self.next_stream.fetch_add(1, Ordering::Relaxed)
+    pub(crate) fn next_stream(&self) -> io::Result<u64> {
+        identity::stream_id()
     }
 
     /// The VM, if it was ever started.
@@ -394,7 +394,7 @@ impl Pod {
     }
 
     /// Replaces the record by one of this shim, and of its VM if there is one.
-    pub(crate) fn write_record(&self, vm: Option<&Vm>) -> std::io::Result<()> {
+    pub(crate) fn write_record(&self, vm: Option<&Vm>) -> io::Result<()> {
         let record = Record {
             pod: self.identity.id.clone(),
             socket: self.identity.socket.clone(),

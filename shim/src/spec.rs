@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::mount::Attributes;
+use crate::{devices, mount::Attributes};
 
 /// Bytes of a `config.json` at most.
 const FILE_LIMIT: u64 = 16 << 20;
@@ -132,6 +132,8 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
     let network = take_namespaces(spec)?;
     let (root, root_share) = rewrite_root(spec, bundle, prefix)?;
     let binds = rewrite_binds(spec, bundle, prefix)?;
+    take_propagation(spec);
+    devices::rewrite(spec)?;
     let cgroups_path = match spec.pointer_mut("/linux/cgroupsPath") {
         // The guest's cgroup tree is the pod's own: the host's place in it means nothing there.
         Some(Value::String(path)) => Some(std::mem::replace(path, format!("/{id}"))),
@@ -211,6 +213,17 @@ fn take_namespaces(spec: &mut Value) -> Result<Network, SpecError> {
     })
 }
 
+/// The kinds by which nothing of the container's shows on the host. What the host mounts later does not show
+/// in the guest either, whatever they say: its shares are sealed.
+fn take_propagation(spec: &mut Value) {
+    let kind = spec.pointer("/linux/rootfsPropagation");
+    if let Some("private" | "rprivate" | "slave" | "rslave") = kind.and_then(Value::as_str) {
+        if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
+            linux.remove("rootfsPropagation");
+        }
+    }
+}
+
 fn rewrite_root(
     spec: &mut Value,
     bundle: &Path,
@@ -252,6 +265,13 @@ fn rewrite_binds(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Vec<Bi
         let is_bind = mount.get("type").and_then(Value::as_str) == Some("bind");
         if !(is_bind || recursive || options.contains(&"bind")) {
             continue;
+        }
+        if let Some(option) = options
+            .iter()
+            .find(|option| matches!(**option, "shared" | "rshared"))
+        {
+            let reason = format!("{option:?}: mounts made in a microVM cannot appear on the host");
+            return Err(refuse(format!("{field}.options"), reason));
         }
         let attributes = attributes(&options);
         let share = format!("{prefix}-m{index}");
@@ -420,6 +440,44 @@ mod tests {
         assert!(error.starts_with("mounts[1].source: "), "{error}");
         let error = error_of(|spec| *spec = json!([]));
         assert!(error.starts_with("config.json: "), "{error}");
+    }
+
+    #[test]
+    fn what_would_propagate_to_the_host_is_refused() {
+        for option in ["shared", "rshared"] {
+            let error = error_of(|spec| spec["mounts"][1]["options"] = json!(["rbind", option]));
+            assert!(
+                error.starts_with(&format!("mounts[1].options: {option:?}: ")),
+                "{error}"
+            );
+            // Between mounts of the container it is nobody else's business.
+            let mut spec = spec();
+            spec["mounts"][0]["options"] = json!([option]);
+            rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
+        }
+        for (kind, left) in [
+            ("rslave", None),
+            ("private", None),
+            ("rshared", Some("rshared")),
+        ] {
+            let mut spec = spec();
+            spec["linux"]["rootfsPropagation"] = kind.into();
+            rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
+            let found = spec.pointer("/linux/rootfsPropagation");
+            assert_eq!(found.and_then(Value::as_str), left);
+        }
+    }
+
+    #[test]
+    fn devices_of_the_host_are_refused() {
+        let error = error_of(|spec| {
+            spec["linux"]["devices"] =
+                json!([{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]);
+        });
+        assert!(
+            error.starts_with("linux.devices[0]: /dev/sda (b 8:0)"),
+            "{error}"
+        );
     }
 
     #[test]

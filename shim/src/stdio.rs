@@ -57,6 +57,11 @@ pub enum StdioError {
     },
     #[error("{stream} {uri:?}: husk takes FIFOs and file:// only")]
     Scheme { stream: &'static str, uri: String },
+    #[error("{stream}: choose an id: {cause}")]
+    Id {
+        stream: &'static str,
+        cause: io::Error,
+    },
     #[error("{stream}: make a socket pair: {cause}")]
     Socket {
         stream: &'static str,
@@ -105,12 +110,15 @@ pub struct Opened {
 type End = AsyncFd<OwnedFd>;
 
 /// Opens all streams of a process; `next_id` gives fresh stream ids. To be called in a runtime.
-pub fn open(paths: &Paths, mut next_id: impl FnMut() -> u64) -> Result<Opened, StdioError> {
+pub fn open(
+    paths: &Paths,
+    mut next_id: impl FnMut() -> io::Result<u64>,
+) -> Result<Opened, StdioError> {
     let mut streams = Streams::default();
     let mut ids = agent::Stdio::default();
     let mut remote = Vec::new();
     let mut connect = |stream| -> Result<(u64, End), StdioError> {
-        let id = next_id();
+        let id = next_id().map_err(|cause| StdioError::Id { stream, cause })?;
         let (near, far) = socket(id).map_err(|cause| StdioError::Socket { stream, cause })?;
         remote.push(far);
         Ok((id, near))
@@ -486,7 +494,7 @@ mod tests {
         let mut id = 0;
         let mut opened = open(paths, || {
             id += 1;
-            id
+            Ok(id)
         })
         .unwrap();
         opened.streams.begin().unwrap();
@@ -738,7 +746,7 @@ mod tests {
                 stdout: stdout.into(),
                 ..Paths::default()
             };
-            open(&paths, || 1).unwrap_err().to_string()
+            open(&paths, || Ok(1)).unwrap_err().to_string()
         };
         assert!(error("binary:///bin/logger").contains("stdout \"binary:///bin/logger\""));
         assert!(error("/nowhere/out").starts_with("open stdout /nowhere/out: No such file"));
@@ -782,7 +790,7 @@ mod tests {
     #[tokio::test]
     async fn stdin_is_not_open_before_the_start() {
         let fifos = fifos(false);
-        let mut opened = open(&fifos.paths, || 1).unwrap();
+        let mut opened = open(&fifos.paths, || Ok(1)).unwrap();
         let client = || {
             File::options()
                 .write(true)
@@ -823,7 +831,7 @@ mod tests {
                 stdin: stdin.into(),
                 ..fifos.paths.clone()
             };
-            let error = open(&paths, || 1).unwrap_err().to_string();
+            let error = open(&paths, || Ok(1)).unwrap_err().to_string();
             assert!(error.contains(stdin) && error.contains(expected), "{error}");
         }
     }

@@ -20,6 +20,7 @@ use husk_proto::{
 use tokio::{
     net::UnixStream,
     sync::{mpsc, watch},
+    task::JoinSet,
     time::{sleep, timeout},
 };
 use ttrpc::{
@@ -260,8 +261,7 @@ impl Vm {
         let greeting = timeout(left, async {
             let context = context::Context::default;
             let answered = |e| Fault::of_call("the agent's first answer", e);
-            let hello = self.agent.hello(context(), &identity::hello()).await;
-            let hello = hello.map_err(answered)?;
+            let hello = identity::greet(&self.agent).await.map_err(answered)?;
             timeline.mark("agent");
             if let Some(growth) = growth {
                 let grown = self.agent.grow(context(), &growth.request()).await;
@@ -290,7 +290,9 @@ impl Vm {
             self.begun.elapsed().as_millis()
         );
         self.advance(Phase::Ready);
-        tokio::spawn(identity::lead_clock(self.agent.clone(), steps));
+        // Ends with this task.
+        let mut clock = JoinSet::new();
+        clock.spawn(identity::lead_clock(self.agent.clone(), steps));
         loop {
             let event = match stream.recv().await {
                 Ok(Some(event)) => event.event,

@@ -10,7 +10,7 @@ use std::{
 
 use husk_tests::{
     command,
-    ctr::{Container, Run, Runtime, ctr, fresh_id},
+    ctr::{Container, PROBE_MOUNT, Run, Runtime, ctr, fresh_id},
 };
 
 /// Where the lab installs it; static, so that it runs in any image.
@@ -40,10 +40,6 @@ impl Drop for Volume {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
-}
-
-fn probe_mount() -> String {
-    format!("type=bind,src={PROBE},dst=/probe,options=rbind:ro")
 }
 
 /// The pid that containerd knows the task by.
@@ -88,7 +84,7 @@ fn locks_on_a_volume_end_at_the_guest() {
                 "--mount",
                 &volume.mount(),
                 "--mount",
-                &probe_mount(),
+                PROBE_MOUNT,
             ],
             &["sleep", "86400"],
         );
@@ -123,10 +119,10 @@ fn an_open_file_of_a_volume_is_cached() {
         let script = "exec 3</data/file; read before <&3; echo $before; read go; \
             /probe reread <&3; cat /data/file";
         let id = fresh_id("cached");
-        let mounts = [volume.mount(), probe_mount()];
+        let mount = volume.mount();
         let mut running = Run::husk(&["sh", "-c", script])
             .runtime(runtime)
-            .flags(&["--mount", &mounts[0], "--mount", &mounts[1]])
+            .flags(&["--mount", &mount, "--mount", PROBE_MOUNT])
             .command(&id)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -171,4 +167,50 @@ fn the_root_is_a_share() {
     let root = root.unwrap_or_else(|| panic!("no root in {out}"));
     let words: Vec<_> = root.split(' ').collect();
     assert_eq!((words[0], words[2]), ("none", "virtiofs"), "{root}");
+}
+
+/// Privileged is what it is in the guest, with the guest's devices.
+#[test]
+fn a_privileged_container_has_the_guests_devices() {
+    let script = "ls /dev; : <>/dev/net/tun && echo opened";
+    let listed = |runtime| {
+        let args = ["sh", "-c", script];
+        let run = Run::husk(&args).runtime(runtime);
+        let out = run.flags(&["--privileged"]).go().ok();
+        let lines: Vec<_> = out.lines().map(str::to_owned).collect();
+        let has = |name: &str| lines.iter().any(|line| line == name);
+        (has("opened"), has("fuse"), has("kvm"))
+    };
+    assert_eq!(listed(Runtime::Runc), (true, true, true));
+    assert_eq!(listed(Runtime::Husk), (true, true, false));
+}
+
+/// The share is sealed when the container is made: HostToContainer, in Kubernetes' words, has no effect.
+#[test]
+fn mounts_made_on_the_host_later_are_not_seen() {
+    let seen = |runtime| {
+        let volume = Volume::new();
+        let at = volume.0.to_str().expect("UTF-8");
+        let mount = |args: &[&str]| {
+            command::run(Command::new("mount").args(args), b"").ok();
+        };
+        mount(&["--bind", at, at]);
+        mount(&["--make-shared", at]);
+        let below = format!("{at}/below");
+        fs::create_dir(&below).expect("mkdir");
+        let option = format!("type=bind,src={at},dst=/data,options=rbind:rslave");
+        let container = Container::detached(
+            runtime,
+            &["--null-io", "--mount", &option],
+            &["sleep", "86400"],
+        );
+        mount(&["-t", "tmpfs", "tmpfs", &below]);
+        fs::write(format!("{below}/file"), "").expect("write");
+        let seen = container.exec(&["test", "-e", "/data/below/file"]).code() == 0;
+        drop(container);
+        command::run(Command::new("umount").args(["-R", at]), b"").ok();
+        seen
+    };
+    assert!(seen(Runtime::Runc));
+    assert!(!seen(Runtime::Husk));
 }

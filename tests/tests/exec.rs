@@ -1,8 +1,10 @@
 //! `ctr task exec`: often, at once, and wrongly.
 
+use std::time::Instant;
+
 use husk_tests::{
-    command,
-    ctr::{Container, Runtime},
+    command::{self, PATIENCE, eventually},
+    ctr::{Container, PROBE_MOUNT, Runtime},
 };
 
 #[test]
@@ -107,4 +109,44 @@ fn exec_runs_as_the_user_asked_for() {
         b"",
     );
     assert_eq!(outcome.ok(), "1000\n1001\n/tmp\n");
+}
+
+/// Standard streams travel by vsock, which needs no privilege: a process that reached the agent's port could
+/// answer in place of the host for what is executed next.
+#[test]
+fn a_container_does_not_reach_the_port_of_streams() {
+    let pod = Container::detached(
+        Runtime::Husk,
+        &["--null-io", "--mount", PROBE_MOUNT],
+        &["sleep", "86400"],
+    );
+    let mut probe = pod.exec_command(&["--user", "1000"], &["/probe", "streams"]);
+    let said = command::run(&mut probe, b"").ok();
+    assert_eq!(said.lines().count(), 2, "{said}");
+    assert!(!said.contains("let in"), "{said}");
+}
+
+/// As Docker and systemd do: processes in a child, and controllers for the children. What is executed then has
+/// no place in the container's own cgroup, and goes where init is.
+#[test]
+fn exec_works_where_a_container_manages_cgroups() {
+    // Until nothing is executed in the meantime.
+    let script = "cd /tmp && mkdir cg && mount -t cgroup2 none cg && mkdir cg/own && echo 1 >cg/own/cgroup.procs && \
+        until echo +pids >cg/cgroup.subtree_control; do sleep 0.1; done; exec sleep 86400";
+    let places = [Runtime::Husk, Runtime::Runc].map(|runtime| {
+        let flags = ["--null-io", "--privileged"];
+        let pod = Container::detached(runtime, &flags, &["sh", "-c", script]);
+        let ready = eventually(Instant::now() + PATIENCE / 8, || {
+            let enabled = pod.exec(&["cat", "/tmp/cg/cgroup.subtree_control"]).out();
+            (enabled.trim() == "pids").then_some(())
+        });
+        assert!(
+            ready.is_some(),
+            "{runtime:?}: {:?}",
+            pod.exec(&["ls", "/tmp/cg"])
+        );
+        pod.exec(&["cat", "/proc/self/cgroup"]).ok()
+    });
+    assert!(places[0].trim().ends_with("/own"), "{places:?}");
+    assert_eq!(places[0], places[1]);
 }

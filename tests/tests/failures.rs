@@ -259,6 +259,25 @@ fn an_unsupported_field_is_named() {
     );
 }
 
+/// Its number would be somebody else's in the guest.
+#[test]
+fn a_device_of_the_host_is_refused_by_name() {
+    assert_fails(
+        &Run::husk(&["true"]).flags(&["--device", "/dev/kvm"]),
+        &["linux.devices[", "/dev/kvm"],
+    );
+}
+
+/// Bidirectional, in Kubernetes' words.
+#[test]
+fn a_mount_that_would_show_on_the_host_is_refused() {
+    let mount = "type=bind,src=/var/tmp,dst=/data,options=rbind:rshared";
+    assert_fails(
+        &Run::husk(&["true"]).flags(&["--mount", mount]),
+        &["mounts[", "rshared"],
+    );
+}
+
 #[test]
 fn a_guest_that_panics_at_boot() {
     let _settings = Settings::write("cmdline = \"rdinit=/nowhere/init init=/nowhere/init\"\n");

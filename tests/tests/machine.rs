@@ -161,7 +161,7 @@ fn the_vmm_lives_in_an_empty_root() {
             .boot(Path::new(KERNEL), Path::new(INITRD), 128, 1, "")
             .await
             .expect("boot");
-        machine::hello(agent).await.expect("hello");
+        let _agent = machine::hello(agent).await.expect("hello");
         let proc = PathBuf::from(format!("/proc/{}", machine.pid()));
         let root: Vec<_> = fs::read_dir(proc.join("root")).expect("its root").collect();
         assert!(root.is_empty(), "{root:?}");

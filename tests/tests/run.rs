@@ -1,10 +1,16 @@
 //! `ctr run`: a container that is a microVM, and ends as its user expects.
 
-use std::{fs, time::Instant};
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    process::Stdio,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
 
 use husk_tests::{
     command::{self, PATIENCE, eventually},
-    ctr::{Container, Run, Runtime, state},
+    ctr::{Container, PROBE_MOUNT, Run, Runtime, state},
+    settings::{COLD, Settings},
 };
 
 #[test]
@@ -125,4 +131,79 @@ fn kill_all_reaches_every_process() {
         pod.exec(&["ps", "-o", "args"])
     );
     assert_eq!(extra.finish().code(), 143);
+}
+
+/// As soon as anything runs, not only once the host has set the clock again.
+#[test]
+fn the_clock_is_the_hosts_after_a_cold_boot() {
+    /// Milliseconds: less than any guest takes to boot.
+    const NEARLY: u128 = 30;
+    let _settings = Settings::write(COLD);
+    let pod = Container::detached(
+        Runtime::Husk,
+        &["--null-io", "--mount", PROBE_MOUNT],
+        &["sleep", "86400"],
+    );
+    let mut probe = pod
+        .exec_command(&[], &["/probe", "clock"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start ctr");
+    let now = || {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.expect("after 1970").as_millis()
+    };
+    let mut input = probe.stdin.take().expect("piped");
+    let mut output = BufReader::new(probe.stdout.take().expect("piped"));
+    for _ in 0..3 {
+        let before = now();
+        writeln!(input).expect("ask");
+        let mut said = String::new();
+        output.read_line(&mut said).expect("an answer");
+        let after = now();
+        let guest = said.trim().parse::<u128>().expect("a number") / 1_000_000;
+        assert!(
+            (before - NEARLY..=after + NEARLY).contains(&guest),
+            "{guest}, not from {before} to {after}"
+        );
+    }
+    drop(input);
+    assert!(probe.wait().expect("wait for ctr").success());
+}
+
+#[test]
+fn a_missing_working_directory_is_made_as_under_runc() {
+    for flags in [
+        &["--cwd", "/no/such/directory"][..],
+        &["--cwd", "/no/such/directory", "--read-only"],
+        &["--cwd", "/etc/passwd/directory"],
+    ] {
+        let [husk, runc] = [Runtime::Husk, Runtime::Runc].map(|runtime| {
+            let outcome = Run::husk(&["sh", "-c", "pwd; ls -ld ."])
+                .runtime(runtime)
+                .flags(flags)
+                .go();
+            let error = outcome.err();
+            let cause = error.trim().rsplit(": ").next().map(str::to_owned);
+            // Without the time, which differs.
+            let said: Vec<_> = outcome
+                .out()
+                .split_whitespace()
+                .take(5)
+                .map(str::to_owned)
+                .collect();
+            (outcome.code(), said, cause)
+        });
+        assert_eq!(husk, runc, "{flags:?}");
+    }
+}
+
+/// systemd raises the kernel's bound, and clients pass on the host's limit.
+#[test]
+fn as_many_files_as_on_a_host_may_be_asked_for() {
+    let script = "ulimit -Hn 1073741816 && ulimit -Hn";
+    let flags = ["--privileged", "--privileged-without-host-devices"];
+    let out = Run::husk(&["sh", "-c", script]).flags(&flags).go().ok();
+    assert_eq!(out, "1073741816\n");
 }

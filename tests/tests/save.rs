@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use husk_proto::{
     agent::{GrowRequest, PrepareRequest},
+    agent_ttrpc::AgentClient,
     machine::{ConnectRequest, Connection, ShareRequest},
 };
 use husk_tests::{
@@ -113,17 +114,20 @@ fn a_restored_machine_answers_where_its_agent_was() {
     });
 }
 
-/// Restores a machine and waits for its agent's answer.
-async fn clone_and_say_hello(saved: &Saved, pages: Option<&File>) -> Result<Machine> {
+/// Restores a machine and waits for its agent's answer. The guest ends with the connection to it.
+async fn clone_and_say_hello(
+    saved: &Saved,
+    pages: Option<&File>,
+) -> Result<(Machine, AgentClient)> {
     let began = Instant::now();
     let mut machine = Machine::spawn()?;
     let agent = machine.restore(saved, pages).await?;
     let restored = began.elapsed();
-    machine::hello(agent).await?;
+    let agent = machine::hello(agent).await?;
     let answered = began.elapsed();
     let faults = machine::page_faults(machine.pid())?;
     println!("restored after {restored:?}, answered after {answered:?}, {faults} page faults");
-    Ok(machine)
+    Ok((machine, agent))
 }
 
 /// Pages that one clone has written are mapped before the next one runs. A list of nonsense harms
@@ -132,11 +136,11 @@ async fn clone_and_say_hello(saved: &Saved, pages: Option<&File>) -> Result<Mach
 fn pages_listed_are_there_before_the_guest_asks() {
     run(async {
         let saved = saved_agent().await?;
-        let first = clone_and_say_hello(&saved, None).await?;
+        let (first, agent) = clone_and_say_hello(&saved, None).await?;
         let pages = machine::pages_written(first.pid(), &saved.memory)?;
         let without = machine::page_faults(first.pid())?;
-        drop(first);
-        let second = clone_and_say_hello(&saved, Some(&pages)).await?;
+        drop((first, agent));
+        let (second, _agent) = clone_and_say_hello(&saved, Some(&pages)).await?;
         let with = machine::page_faults(second.pid())?;
         ensure!(
             with < without,

@@ -10,7 +10,7 @@ pub mod settings;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, openat};
@@ -209,19 +209,39 @@ impl Cgroup {
         pids
     }
 
+    /// The cgroup that a process of this container is in now, which may be one that the container made
+    /// for itself: this one holds no processes any more once its children have controllers
+    /// (cgroup-v2, "No Internal Process Constraint").
+    pub fn of_process(&self, pid: i32) -> Option<OwnedFd> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
+        let path = self.root.join(path);
+        // Whatever became of the process, nobody is put outside of the container.
+        let outside = path.components().any(|part| part == Component::ParentDir);
+        if outside || !path.starts_with(&self.path) {
+            return None;
+        }
+        File::open(path).ok().map(OwnedFd::from)
+    }
+
     pub fn kill_all(&self) -> Result<(), CgroupError> {
         self.write("cgroup.kill", "1")
     }
 
-    /// Returns when every process stands still, or runs again.
+    /// Returns when every process stands still, or runs again. If not all of them can be made to stand
+    /// still, all run again.
     pub async fn freeze(&self, frozen: bool) -> Result<(), CgroupError> {
-        self.write("cgroup.freeze", if frozen { "1" } else { "0" })?;
-        self.wait_for(
-            "frozen",
-            u64::from(frozen),
-            if frozen { "frozen" } else { "thawed" },
-        )
-        .await
+        if !frozen {
+            self.write("cgroup.freeze", "0")?;
+            return self.wait_for("frozen", 0, "thawed").await;
+        }
+        self.write("cgroup.freeze", "1")?;
+        let done = self.wait_for("frozen", 1, "frozen").await;
+        if done.is_err() {
+            // The caller takes the container for running, and would refuse to resume it.
+            self.write("cgroup.freeze", "0")?;
+        }
+        done
     }
 
     /// Whether the container is paused.
@@ -390,6 +410,30 @@ pub fn statistics(cgroup: &Cgroup) -> impl Iterator<Item = (String, String)> + '
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What cannot be frozen (a process in an uninterruptible sleep) must go on, or nothing would
+    /// resume the rest.
+    #[tokio::test(start_paused = true)]
+    async fn a_freeze_in_vain_is_taken_back() {
+        let path = std::env::temp_dir().join(format!("husk-freeze-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        for (file, text) in [
+            ("cgroup.freeze", "0"),
+            ("cgroup.events", "populated 1\nfrozen 0\n"),
+        ] {
+            fs::write(path.join(file), text).unwrap();
+        }
+        let cgroup = Cgroup {
+            root: path.clone(),
+            directory: File::open(&path).unwrap().into(),
+            path: path.clone(),
+        };
+        let error = cgroup.freeze(true).await.unwrap_err().to_string();
+        let left = cgroup.is_frozen();
+        fs::remove_dir_all(path).unwrap();
+        assert!(error.contains("is not frozen after"), "{error}");
+        assert!(!left);
+    }
 
     #[test]
     fn keyed_files() {

@@ -3,6 +3,7 @@
 //! Each step may need a privilege that a later one gives up; the order is the point of this file.
 //! Called inside the container's root.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
@@ -155,14 +156,12 @@ fn own_streams(uid: u32) -> Result<(), Failure> {
     Ok(())
 }
 
-/// `process.env`, and HOME from the image when it does not say.
+/// `process.env`, each name once, and HOME from the image when it does not say.
 fn environment(process: &Process) -> Vec<String> {
-    let mut env = process.env.clone();
+    let mut env = last_of_each(&process.env);
     let set = env
         .iter()
-        .rev()
-        .find_map(|entry| entry.strip_prefix("HOME="))
-        .is_some_and(|home| !home.is_empty());
+        .any(|entry| entry.starts_with("HOME=") && entry.len() > "HOME=".len());
     if !set {
         env.retain(|entry| !entry.starts_with("HOME="));
         env.push(format!(
@@ -171,6 +170,24 @@ fn environment(process: &Process) -> Vec<String> {
         ));
     }
     env
+}
+
+/// Of several entries with one name the last, in the first one's place: programs read the first they find, and
+/// clients append theirs to the image's.
+fn last_of_each(env: &[String]) -> Vec<String> {
+    let mut kept: Vec<String> = Vec::with_capacity(env.len());
+    let mut places = HashMap::new();
+    for entry in env {
+        let name = entry
+            .split_once('=')
+            .map_or(entry.as_str(), |(name, _)| name);
+        let place = *places.entry(name).or_insert(kept.len());
+        match kept.get_mut(place) {
+            Some(earlier) => earlier.clone_from(entry),
+            None => kept.push(entry.clone()),
+        }
+    }
+    kept
 }
 
 fn home(uid: u32) -> Option<String> {
@@ -196,6 +213,30 @@ fn home_in(passwd: &str, uid: u32) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_of_a_name_counts_where_the_first_was() {
+        let env = ["A=1", "B=2", "A=3", "AB=4", "B=", "A=5=6"].map(String::from);
+        assert_eq!(last_of_each(&env), ["A=5=6", "B=", "AB=4"]);
+    }
+
+    #[test]
+    fn home_is_the_images_unless_the_last_word_is_another() {
+        let home = |env: &[&str]| {
+            let process = Process {
+                env: env.iter().map(|&entry| entry.into()).collect(),
+                user: crate::spec::process::User {
+                    uid: u32::MAX - 1,
+                    ..Default::default()
+                },
+                ..Process::default()
+            };
+            environment(&process)
+        };
+        assert_eq!(home(&["HOME=/a", "HOME=/b"]), ["HOME=/b"]);
+        assert_eq!(home(&["HOME=/a", "X=y", "HOME="]), ["X=y", "HOME=/"]);
+        assert_eq!(home(&[]), ["HOME=/"]);
+    }
 
     #[test]
     fn the_home_of_a_user() {

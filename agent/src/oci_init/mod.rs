@@ -85,6 +85,7 @@ fn container(
     name_host(spec)?;
     let root = rootfs::build(spec, cgroup)?;
     rootfs::enter(&root)?;
+    rootfs::make_directory(&root, &spec.process.cwd)?;
     if spec.process.terminal {
         console::open_terminal(helper, &spec.process, true)?;
     }

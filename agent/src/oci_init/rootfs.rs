@@ -1,7 +1,8 @@
 //! The container's view of files: built beside the guest's, entered, and closed.
 //!
-//! Three steps, because each needs the one before: [`build`] still sees the guest's tree (sources of
-//! binds); [`enter`] leaves it for good; [`finish`] takes away what was needed until then.
+//! Steps, because each needs the one before: [`build`] still sees the guest's tree (sources of binds);
+//! [`enter`] leaves it for good; [`make_directory`] still may write; [`finish`] takes away what was
+//! needed until then.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -72,6 +73,16 @@ pub(super) fn enter(rootfs: &Rootfs) -> Result<(), Failure> {
     pivot_root(".", ".").guest(at)?;
     unmount(".", UnmountFlags::DETACH).guest(at)?;
     chdir("/").guest(at)
+}
+
+/// Makes the working directory of the container's init where the image lacks it, as runc does: before the
+/// root becomes read-only, and not for added processes.
+pub(super) fn make_directory(rootfs: &Rootfs, cwd: &str) -> Result<(), Failure> {
+    match rootfs.root.directory(cwd) {
+        // Only its user may look there, and finds out later.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        other => other.map(drop).request(|| format!("mkdir {cwd}")),
+    }
 }
 
 /// Read-only and masked paths, as the last thing that needs the mounts writable.

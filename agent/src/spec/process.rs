@@ -24,7 +24,7 @@ pub struct Process {
     pub user: User,
     #[serde(default, deserialize_with = "or_default")]
     pub args: Vec<String>,
-    /// `NAME=value`, later ones win.
+    /// `NAME=value`; of several with one name the last counts (`oci_init`).
     #[serde(default, deserialize_with = "or_default")]
     pub env: Vec<String>,
     pub cwd: String,
@@ -139,7 +139,8 @@ impl Process {
                 "contains a NUL byte",
             ));
         }
-        if let Some(entry) = self.env.iter().find(|entry| !entry.contains('=')) {
+        let named = |entry: &&String| entry.find('=').is_some_and(|length| length > 0);
+        if let Some(entry) = self.env.iter().find(|entry| !named(entry)) {
             return Err(Problem::new(
                 field("env"),
                 format!("{entry:?} is not NAME=value"),

@@ -100,6 +100,7 @@ fn wrong_values_are_named() {
         ("/process/args", json!([]), "process.args"),
         ("/process/cwd", json!("tmp"), "process.cwd"),
         ("/process/env", json!(["NOEQUALS"]), "process.env"),
+        ("/process/env", json!(["=x"]), "process.env"),
         (
             "/process/env",
             json!(["A=b\u{0}"]),

@@ -103,11 +103,7 @@ impl Rig {
                 };
                 let door = Pod::open(ground, || Ok(()));
                 let (ours, theirs) = UnixStream::pair().unwrap();
-                let service = Service {
-                    door,
-                    events,
-                    shut_down: Arc::default(),
-                };
+                let service = Service { door, events };
                 tokio::task::spawn_local(connection::serve(theirs, Arc::new(service)));
                 let client = AgentClient::new(Client::new(Socket::new(ours)));
                 // Before anybody listens to events, as in a template.
@@ -346,16 +342,11 @@ impl Rig {
             .map_err(words)
     }
 
-    pub(crate) async fn pids(&self, id: &str) -> Vec<u32> {
-        let request = PidsRequest {
-            container_id: id.into(),
-            ..Default::default()
-        };
-        self.client
-            .pids(Self::context(), &request)
-            .await
-            .unwrap()
-            .pids
+    /// Of all processes of the container; those in cgroups below its own are not among them.
+    pub(crate) fn pids(&self, spec: &Value) -> Vec<u32> {
+        let path = spec["linux"]["cgroupsPath"].as_str().unwrap();
+        let text = fs::read_to_string(self.cgroup(path).join("cgroup.procs")).unwrap();
+        text.lines().map(|line| line.parse().unwrap()).collect()
     }
 
     pub(crate) async fn pause(&self, id: &str, pause: bool) -> Answer<()> {
@@ -619,7 +610,7 @@ fn make_image(path: &Path) -> Result<(), String> {
         for applet in [
             "sh", "cat", "echo", "sleep", "ls", "id", "grep", "true", "yes", "head", "tr", "tty",
             "stty", "wc", "ps", "hostname", "readlink", "mknod", "touch", "mkdir", "kill", "pwd",
-            "test",
+            "test", "cut",
         ] {
             fs::hard_link(path.join("bin/busybox"), path.join("bin").join(applet))?;
         }

@@ -496,6 +496,14 @@ impl agent_ttrpc::Agent for Guest {
         }
     }
 
+    async fn set_clock(
+        &self,
+        _: &TtrpcContext,
+        _: agent::SetClockRequest,
+    ) -> Answer<agent::SetClockResponse> {
+        Ok(agent::SetClockResponse::default())
+    }
+
     async fn prepare(
         &self,
         _: &TtrpcContext,
@@ -657,10 +665,6 @@ impl agent_ttrpc::Agent for Guest {
         }
     }
 
-    async fn pids(&self, _: &TtrpcContext, _: agent::PidsRequest) -> Answer<agent::PidsResponse> {
-        Ok(agent::PidsResponse::default())
-    }
-
     async fn pause(
         &self,
         _: &TtrpcContext,
@@ -695,14 +699,5 @@ impl agent_ttrpc::Agent for Guest {
             files,
             ..agent::StatsResponse::default()
         })
-    }
-
-    async fn shutdown(
-        &self,
-        _: &TtrpcContext,
-        _: agent::ShutdownRequest,
-    ) -> Answer<agent::ShutdownResponse> {
-        io::stderr().flush().unwrap();
-        std::process::exit(0)
     }
 }

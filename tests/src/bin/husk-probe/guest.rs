@@ -175,20 +175,24 @@ fn clocks() -> Clocks {
     shortest.map_or(Clocks::default(), |(_, clocks)| clocks)
 }
 
-/// A vsock stream is read and written like any other.
 fn dial() -> Result<UnixStream> {
+    connect(HOST_CID, AGENT_PORT).context("dial the host")
+}
+
+/// A vsock stream is read and written like any other.
+pub fn connect(cid: u32, port: u32) -> io::Result<UnixStream> {
     // SAFETY: no pointers; a descriptor returned is new and ours.
     let socket = unsafe { libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
     if socket < 0 {
-        return Err(io::Error::last_os_error()).context("socket(AF_VSOCK)");
+        return Err(io::Error::last_os_error());
     }
     // SAFETY: as above.
     let socket = unsafe { OwnedFd::from_raw_fd(socket) };
     // SAFETY: all-zero is a valid address.
     let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
     address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
-    address.svm_port = AGENT_PORT;
-    address.svm_cid = HOST_CID;
+    address.svm_port = port;
+    address.svm_cid = cid;
     // SAFETY: the address is live and as long as stated.
     let connected = unsafe {
         libc::connect(
@@ -199,6 +203,6 @@ fn dial() -> Result<UnixStream> {
     };
     match connected {
         0 => Ok(socket.into()),
-        _ => Err(io::Error::last_os_error()).context("dial the host"),
+        _ => Err(io::Error::last_os_error()),
     }
 }

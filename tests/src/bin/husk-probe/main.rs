@@ -5,6 +5,9 @@
 //! * `husk-probe tree DIR`: lists a tree with all that can be known of each entry.
 //! * `husk-probe lock FILE`: says "locked" and holds the lock until the end of its input, or says "held".
 //! * `husk-probe reread`: prints again, from its beginning, the file that its input is.
+//! * `husk-probe clock`: for each line of its input, says what time it is (nanoseconds since the epoch).
+//! * `husk-probe streams`: tries to reach the agent's port for streams from inside its guest, and says what
+//!   comes of it.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
 //!   answers anybody.
 
@@ -15,16 +18,19 @@ use std::{
     env,
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, ErrorKind, Read, Seek, SeekFrom, Write},
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, lchown, symlink},
     },
     path::Path,
     process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail};
+use husk_proto::{GUEST_CID, STREAM_PORT};
+use libc::VMADDR_CID_LOCAL;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
 fn main() -> ExitCode {
@@ -74,8 +80,43 @@ fn run() -> Result<()> {
         [verb, directory] if verb == "tree" => tree(Path::new(directory)),
         [verb, file] if verb == "lock" => lock(Path::new(file)),
         [verb] if verb == "reread" => reread(),
-        _ => bail!("usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread"),
+        [verb] if verb == "clock" => clock(),
+        [verb] if verb == "streams" => streams(),
+        _ => bail!(
+            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | streams"
+        ),
     }
+}
+
+fn clock() -> Result<()> {
+    for line in io::stdin().lines() {
+        line?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+        println!("{}", now.as_nanos());
+    }
+    Ok(())
+}
+
+/// By both addresses that a guest has of its own. Whoever is let in would wait for the request that names
+/// its stream.
+fn streams() -> Result<()> {
+    for cid in [VMADDR_CID_LOCAL, GUEST_CID] {
+        let outcome = match guest::connect(cid, STREAM_PORT) {
+            Err(error) => format!("refused: {error}"),
+            Ok(mut stream) => {
+                stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+                // A stream's id comes first. Who is shown the door may notice here or below.
+                let written = stream.write_all(&(u64::MAX - u64::from(cid)).to_le_bytes());
+                let read = written.and_then(|()| stream.read(&mut [0; 1]));
+                match read.map_err(|error| error.kind()) {
+                    Err(ErrorKind::WouldBlock | ErrorKind::TimedOut) => "let in".into(),
+                    other => format!("turned away: {other:?}"),
+                }
+            }
+        };
+        println!("{cid}: {outcome}");
+    }
+    Ok(())
 }
 
 fn lock(path: &Path) -> Result<()> {

@@ -377,10 +377,14 @@ impl Container {
             return process.signal(number);
         }
         if self.cgroup.pids().is_empty() {
-            return Err(Fault::NotFound("process already finished".into()));
+            // All have ended; or, where there is no cgroup namespace, have gone elsewhere.
+            return process.signal(number);
         }
         if number == libc::SIGKILL {
-            return Ok(self.cgroup.kill_all()?);
+            self.cgroup.kill_all()?;
+            // Wherever it is; the rest of its pid namespace dies with it.
+            process.signal(number).ok();
+            return Ok(());
         }
         // Standing still, nobody can fork past the list.
         let paused = self.cgroup.is_frozen();

@@ -244,6 +244,25 @@ fn a_process_is_added_where_cgroups_are_the_containers_own() {
     });
 }
 
+/// A privileged container without a cgroup namespace can leave its cgroup, and must end all the same.
+#[test]
+fn a_container_that_left_its_cgroup_can_be_killed() {
+    with_rig!(rig, {
+        let spec = rig.spec(&["sleep", "1000"]);
+        let c = rig.create(spec.clone()).await.unwrap().id;
+        rig.start(&c, "").await.unwrap();
+        let path = spec["linux"]["cgroupsPath"].as_str().unwrap();
+        let elsewhere = rig.cgroup(&format!("{path}-elsewhere"));
+        std::fs::create_dir(&elsewhere).unwrap();
+        let init = rig.pids(&spec)[0].to_string();
+        std::fs::write(elsewhere.join("cgroup.procs"), init).unwrap();
+        rig.signal(&c, "", 9, true).await.unwrap();
+        assert_eq!(rig.exit(&c, "").await, 137);
+        rig.delete(&c, "").await.unwrap();
+        std::fs::remove_dir(&elsewhere).unwrap();
+    });
+}
+
 #[test]
 fn a_process_is_who_the_specification_says() {
     with_rig!(rig, {

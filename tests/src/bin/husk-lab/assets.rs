@@ -89,6 +89,14 @@ pub fn kernel() -> Result<PathBuf> {
     Ok(script("deploy/kernel/build", &[])?.join("vmlinux"))
 }
 
+/// Has all that a lab needs built, where it is not cached.
+pub fn prepare(stock_qemu: bool) -> Result<()> {
+    qemu(stock_qemu)?;
+    image()?;
+    demo_image()?;
+    Ok(())
+}
+
 /// Packs the agent into the guest's initrd.
 pub fn initrd(agent: &Path, out: &Path) -> Result<()> {
     script("deploy/initrd/build", &[agent, out]).map(|_| ())

@@ -9,7 +9,10 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -24,6 +27,9 @@ const SILENCE: Duration = Duration::from_secs(120);
 /// Wall time that one test may take. The lab's own limit ends it earlier, if the lab's clock goes:
 /// a lab was seen that sent heartbeats while its clock stood nearly still.
 const STANDSTILL: Duration = Duration::from_secs(1500);
+
+/// Of this process, so that each has names of its own.
+static MACHINES: AtomicU32 = AtomicU32::new(0);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clock {
@@ -69,7 +75,9 @@ impl<'a> Machine<'a> {
         let image = assets::image()?;
         let (run, results) = stage.make_disks(plan)?;
 
-        let sockets = std::env::temp_dir().join(format!("husk-lab-{}", std::process::id()));
+        let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+        let name = format!("husk-lab-{}-{number}", std::process::id());
+        let sockets = std::env::temp_dir().join(name);
         let _ = fs::remove_dir_all(&sockets);
         fs::create_dir_all(&sockets).with_context(|| format!("create {}", sockets.display()))?;
         let monitor = sockets.join("monitor");

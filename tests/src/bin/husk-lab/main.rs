@@ -83,9 +83,7 @@ fn try_main() -> Result<u8> {
         "demo" => demo(options),
         "bench" => bench(options),
         "prepare" => {
-            assets::qemu(options.stock_qemu)?;
-            assets::image()?;
-            assets::demo_image()?;
+            assets::prepare(options.stock_qemu)?;
             Ok(0)
         }
         _ => {

@@ -1,12 +1,15 @@
 //! The end-to-end tests: built by cargo here, run in the lab, judged and counted here.
 //!
+//! Pods that boot have one lab and pods that are clones another, at the same time where there is room for two.
 //! Where a lab dies, the tests that are left get a fresh one, and the test that it was running comes last
 //! there: if it is to blame, the others have had their turn.
 
 use std::{
     collections::BTreeMap,
+    fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
     time::Instant,
 };
 
@@ -69,13 +72,90 @@ pub fn run(options: &Options) -> Result<u8> {
     }
 
     let begin = Instant::now();
-    let mut deaths = Vec::new();
-    let mut failures = Vec::new();
-    let mut directories = Vec::new();
+    assets::prepare(options.stock_qemu)?;
     println!("running {} tests in the lab", cases.len());
+    let (clones, boots): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(has_clones);
+    let half = |name: &str, cases| run_in_labs(name, cases, &binaries, options);
+    let halves = if room_for_two_labs(options.memory_mib) {
+        thread::scope(|scope| {
+            let clones = scope.spawn(|| half("clones", clones));
+            [half("test", boots), clones.join().expect("no panic")]
+        })
+    } else {
+        [half("test", boots), half("clones", clones)]
+    };
+
+    let (mut failures, mut deaths, mut directories) = (Vec::new(), 0, Vec::new());
+    for half in halves {
+        let half = half?;
+        for (case, passed) in half.verdicts {
+            let tally = tallies.entry(tally_name(&case)).or_default();
+            match passed {
+                true => tally.passed += 1,
+                false => tally.failed += 1,
+            }
+        }
+        failures.extend(half.failures);
+        deaths += half.deaths;
+        directories.extend(half.directories);
+    }
+    let mut total = Tally::default();
+    println!();
+    for (target, tally) in &tallies {
+        total.passed += tally.passed;
+        total.failed += tally.failed;
+        println!("     Ran {target}\n{}", tally.line());
+    }
+    if !failures.is_empty() {
+        println!("\nfailures:\n    {}", failures.join("\n    "));
+    }
+    println!(
+        "\nlab: {} passed, {} failed, {deaths} lab deaths, {:.0} s; logs in {}",
+        total.passed,
+        total.failed,
+        begin.elapsed().as_secs_f64(),
+        directories.join(", ")
+    );
+    Ok(u8::from(total.failed > 0))
+}
+
+fn has_clones(case: &Case) -> bool {
+    case.clones || case.target == "clones"
+}
+
+/// Most tests wait for one processor of their lab: two labs use a host of two much better than one.
+fn room_for_two_labs(memory_mib: u32) -> bool {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let available = fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("MemAvailable:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    });
+    let wanted = 2 * u64::from(memory_mib) + 2048;
+    processors > 1 && available.unwrap_or(0) / 1024 >= wanted
+}
+
+/// What came of the tests that one lab had after another.
+#[derive(Default)]
+struct Outcome {
+    /// Each test, and whether it has passed.
+    verdicts: Vec<(Case, bool)>,
+    failures: Vec<String>,
+    deaths: u32,
+    directories: Vec<String>,
+}
+
+fn run_in_labs(
+    name: &str,
+    mut cases: Vec<Case>,
+    binaries: &[(String, PathBuf)],
+    options: &Options,
+) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
     while !cases.is_empty() {
-        let stage = Stage::new("test", options, Needs::Everything)?;
-        for (target, binary) in &binaries {
+        let stage = Stage::new(name, options, Needs::Everything)?;
+        for (target, binary) in binaries {
             stage.copy(binary, &Path::new("tests").join(target))?;
         }
         let plan = options.plan(Job::Test {
@@ -87,7 +167,7 @@ pub fn run(options: &Options) -> Result<u8> {
             options.timeout_secs.or(Some(3000)),
             &mut |report| match report {
                 Report::Ready { uptime } => {
-                    println!("the lab is up after {uptime:.1} s of its time")
+                    println!("the lab ({name}) is up after {uptime:.1} s of its time")
                 }
                 Report::Start { index } => running = Some(*index),
                 Report::End {
@@ -101,79 +181,58 @@ pub fn run(options: &Options) -> Result<u8> {
                         return;
                     };
                     done[*index] = true;
-                    let tally = tallies.entry(tally_name(case)).or_default();
                     let word = match verdict {
                         Verdict::Passed => "ok",
                         Verdict::Failed => "FAILED",
                         Verdict::TimedOut => "FAILED (no end in sight; see hang-* in the results)",
                     };
-                    println!("test {} ... {word} <{secs:.1}s>", case.title());
-                    if *verdict == Verdict::Passed {
-                        tally.passed += 1;
-                    } else {
-                        tally.failed += 1;
-                        println!("{}", indent(output));
-                        failures.push(case.title());
+                    let passed = *verdict == Verdict::Passed;
+                    let said = if passed { "" } else { &*indent(output) };
+                    print!("test {} ... {word} <{secs:.1}s>\n{said}", case.title());
+                    if !passed {
+                        outcome.failures.push(case.title());
                     }
+                    outcome.verdicts.push((case.clone(), passed));
                 }
                 _ => {}
             },
         )?;
-        directories.push(stage.results());
-        match end {
-            End::Done { status: 0 | 1 } => {}
+        outcome
+            .directories
+            .push(stage.results().display().to_string());
+        let died = match end {
+            End::Done { status: 0 | 1 } => false,
             End::Done { status } => bail!(
                 "the lab's init ended with status {status}; see {}",
                 stage.results().display()
             ),
             End::Died { why } => {
                 println!("THE LAB DIED, which is not a verdict on husk: {why}");
-                deaths.push(why);
                 if let Some(case) = running.and_then(|index: usize| cases.get(index)) {
                     println!("while running {}", case.title());
                 }
+                outcome.deaths += 1;
+                true
             }
-        }
+        };
         cases = left(cases, &done, running);
-        if deaths.len() > FRESH_LABS as usize {
+        if outcome.deaths > FRESH_LABS {
             break;
         }
-        if deaths.is_empty() && !cases.is_empty() {
+        if !died && !cases.is_empty() {
             bail!(
                 "{} tests were not run though the lab ended well",
                 cases.len()
             );
         }
     }
-
     // What no lab lived long enough for is not known to work.
-    for case in &cases {
-        tallies.entry(tally_name(case)).or_default().failed += 1;
-        failures.push(format!("{} (not run: the lab died)", case.title()));
+    for case in cases {
+        let failure = format!("{} (not run: the lab died)", case.title());
+        outcome.failures.push(failure);
+        outcome.verdicts.push((case, false));
     }
-    let mut total = Tally::default();
-    println!();
-    for (target, tally) in &tallies {
-        total.passed += tally.passed;
-        total.failed += tally.failed;
-        println!("     Ran {target}\n{}", tally.line());
-    }
-    if !failures.is_empty() {
-        println!("\nfailures:\n    {}", failures.join("\n    "));
-    }
-    println!(
-        "\nlab: {} passed, {} failed, {} lab deaths, {:.0} s; logs in {}",
-        total.passed,
-        total.failed,
-        deaths.len(),
-        begin.elapsed().as_secs_f64(),
-        directories
-            .iter()
-            .map(|path| path.display().to_string())
-            .collect::<Vec<_>>()
-            .join(", ")
-    );
-    Ok(u8::from(total.failed > 0))
+    Ok(outcome)
 }
 
 /// What a test is counted under.

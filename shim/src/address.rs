@@ -113,10 +113,16 @@ fn bind_private(path: &Path) -> io::Result<UnixListener> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::os::unix::fs::PermissionsExt;
 
+    use std::sync::{PoisonError, RwLock};
+
     use super::*;
+
+    /// Binding changes what others of this process create: to be held for writing by who binds, and for reading
+    /// by who looks at modes.
+    pub(crate) static UMASK: RwLock<()> = RwLock::new(());
 
     #[test]
     fn is_the_sha256_of_address_namespace_and_group() {
@@ -136,6 +142,7 @@ mod tests {
 
     #[test]
     fn a_dead_socket_is_replaced_and_a_living_one_returned() {
+        let _alone = UMASK.write().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s/socket");
 
@@ -152,10 +159,15 @@ mod tests {
 
     #[test]
     fn of_many_starts_at_once_one_gets_a_dead_socket() {
+        let _alone = UMASK.write().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         for _ in 0..50 {
             drop(UnixListener::bind(&path).unwrap());
+            // A child that another test is just making may have a copy for a moment.
+            while UnixStream::connect(&path).is_ok() {
+                std::thread::yield_now();
+            }
             let bound: Vec<Bound> = std::thread::scope(|scope| {
                 let starts: Vec<_> = (0..4).map(|_| scope.spawn(|| bind(&path))).collect();
                 starts

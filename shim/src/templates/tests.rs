@@ -5,6 +5,7 @@ use std::{
     io::{Read, Write},
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
+    sync::PoisonError,
     time::{Duration, SystemTime},
 };
 
@@ -15,6 +16,7 @@ use super::{
     manifest::{MANIFEST, MEMORY, PAGES, STATE},
     store::{Store, Unfit, Unusable, set_immutable},
 };
+use crate::address::tests::UMASK;
 
 /// Room for everything.
 const ALL: Limits<'static> = Limits {
@@ -117,6 +119,7 @@ fn a_store_that_is_open_to_others_says_nothing_of_its_templates() {
 
 #[test]
 fn what_is_published_is_found() {
+    let _modes = UMASK.read().unwrap_or_else(PoisonError::into_inner);
     let host = Host::new();
     let made_of = host.made_of("a");
     assert!(host.store.open(&made_of).unwrap().is_none());

@@ -3,6 +3,8 @@
 //! Every module has its own error type; they meet here, at the edge to `service`. A fault says what
 //! was asked wrongly or what broke, once; it must never be built from a bare errno.
 
+use std::io;
+
 use thiserror::Error;
 use ttrpc::Code;
 
@@ -29,6 +31,11 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// The kernel refused `what`.
+    pub fn of_call(what: &str, error: io::Error) -> Self {
+        Fault::Broken(format!("{what}: {error}"))
+    }
+
     fn code(&self) -> Code {
         match self {
             Fault::Invalid(_) => Code::INVALID_ARGUMENT,

@@ -5,7 +5,6 @@
 //! Before any container. It takes the kernel milliseconds, on a thread that may wait.
 
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use rustix::system::sysinfo;
@@ -99,7 +98,7 @@ fn add(sysfs: &Path, blocks: &[u64]) -> Result<(), Fault> {
     let probe = sysfs.join("memory/probe");
     for block in blocks {
         fs::write(&probe, format!("{block:#x}")).map_err(|error| {
-            broken(
+            Fault::of_call(
                 &format!("add memory at {block:#x}: {}", probe.display()),
                 error,
             )
@@ -122,7 +121,9 @@ fn start_processors(sysfs: &Path, vcpus: u32) -> Result<(), Fault> {
             b"1" => Ok(()),
             _ => fs::write(&switch, "1"),
         });
-        done.map_err(|error| broken(&format!("start a processor: {}", switch.display()), error))?;
+        done.map_err(|error| {
+            Fault::of_call(&format!("start a processor: {}", switch.display()), error)
+        })?;
     }
     Ok(())
 }
@@ -153,10 +154,6 @@ fn scaled(values: &str, before: u64, after: u64) -> String {
     };
     let values: Vec<String> = values.split_whitespace().map(scale).collect();
     values.join(" ")
-}
-
-fn broken(what: &str, error: io::Error) -> Fault {
-    Fault::Broken(format!("{what}: {error}"))
 }
 
 #[cfg(test)]

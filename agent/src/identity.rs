@@ -1,7 +1,6 @@
 //! What makes this guest itself: its clock, its randomness, its name. All of it comes from the host, and before
 //! any workload: a clone has woken up with those of its template.
 
-use std::io;
 use std::os::fd::AsFd;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -32,12 +31,13 @@ pub fn assume(wall_clock_ns: u64, entropy: &[u8], hostname: &str) -> Result<(), 
         )));
     }
     set(wall_clock_ns)?;
-    let random =
-        std::fs::File::open("/dev/urandom").map_err(|error| broken("open /dev/urandom", error))?;
-    sys::add_entropy(random.as_fd(), entropy).map_err(|error| broken("add entropy", error))?;
+    let random = std::fs::File::open("/dev/urandom")
+        .map_err(|error| Fault::of_call("open /dev/urandom", error))?;
+    sys::add_entropy(random.as_fd(), entropy)
+        .map_err(|error| Fault::of_call("add entropy", error))?;
     if !hostname.is_empty() {
         sethostname(hostname.as_bytes())
-            .map_err(|error| broken("set the hostname", error.into()))?;
+            .map_err(|error| Fault::of_call("set the hostname", error.into()))?;
     }
     Ok(())
 }
@@ -61,7 +61,7 @@ pub fn follow(wall_clock_ns: u64, at_once: bool) -> Result<(), Fault> {
     }
     let micros = i64::try_from(off.as_micros()).unwrap_or(i64::MAX);
     sys::slew_clock(if ahead { -micros } else { micros })
-        .map_err(|error| broken("slew the clock", error))
+        .map_err(|error| Fault::of_call("slew the clock", error))
 }
 
 fn set(wall_clock_ns: u64) -> Result<(), Fault> {
@@ -69,11 +69,8 @@ fn set(wall_clock_ns: u64) -> Result<(), Fault> {
         tv_sec: i64::try_from(wall_clock_ns / NANOSECONDS).unwrap_or(i64::MAX),
         tv_nsec: (wall_clock_ns % NANOSECONDS) as i64,
     };
-    clock_settime(ClockId::Realtime, now).map_err(|error| broken("set the clock", error.into()))
-}
-
-fn broken(what: &str, error: io::Error) -> Fault {
-    Fault::Broken(format!("{what}: {error}"))
+    clock_settime(ClockId::Realtime, now)
+        .map_err(|error| Fault::of_call("set the clock", error.into()))
 }
 
 #[cfg(test)]

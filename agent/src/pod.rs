@@ -148,9 +148,9 @@ impl Pod {
         }
         self.be_prepared()?;
         if leave {
-            return rehearsal::begin(self, &self.ground.path).await;
+            return rehearsal::begin(self, &self.ground).await;
         }
-        rehearsal::run(self, &self.ground.path).await?;
+        rehearsal::run(self, &self.ground).await?;
         self.ground.events.forget();
         Ok(())
     }

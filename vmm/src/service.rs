@@ -43,6 +43,7 @@ use ttrpc::{
 use crate::{
     descriptors::{DescriptorError, Descriptors},
     fs::{FileServer, ShareError},
+    memory::image::Later,
     vm::{BuildError, Config, RestoreConfig, SaveError, Vm, ending::Cause},
 };
 
@@ -216,17 +217,18 @@ impl Machine for MachineService {
             memory_bytes: request.memory_bytes,
             vcpus: request.vcpus,
         };
-        let (vm, added) = Vm::restore(config, Arc::clone(&self.files)).map_err(|e| {
+        let restored = Vm::restore(config, Arc::clone(&self.files)).map_err(|e| {
             let code = match e.is_of_size() {
                 true => Code::OUT_OF_RANGE,
                 false => fault(e.is_the_images()),
             };
             status(code, e)
         })?;
-        self.keep(vm);
+        self.keep(restored.vm);
+        tokio::spawn(prefetch(restored.later));
         Ok(RestoreResponse {
-            added_start: added.start,
-            added_bytes: added.bytes,
+            added_start: restored.added.start,
+            added_bytes: restored.added.bytes,
             ..Default::default()
         })
     }
@@ -347,6 +349,13 @@ impl Machine for MachineService {
             console: vm.console(),
             ..Default::default()
         })
+    }
+}
+
+/// Maps what is left, between the requests.
+async fn prefetch(mut later: Later) {
+    while later.step() {
+        tokio::task::yield_now().await;
     }
 }
 

@@ -241,20 +241,22 @@ impl Builder<'_> {
         vm.booting();
         let _events = vm.bring_up(self.config.agent_timeout, Arc::default(), None);
         vm.ready().await?;
+        let written = || {
+            let found = memory.metadata()?;
+            pages::written(vm.pid, &Stamp::from(&found))
+        };
+        let early = written();
         self.prepare(vm, true).await?;
         vm.machine.pause().await?;
-        let noted = memory
-            .metadata()
-            .and_then(|found| pages::written(vm.pid, &Stamp::from(&found)));
-        match noted {
-            Ok(runs) if runs.is_empty() => Ok(()),
-            Ok(runs) => {
+        match (early, written()) {
+            (Ok(_), Ok(all)) if all.is_empty() => Ok(()),
+            (Ok(early), Ok(all)) => {
                 let mut file = file_of_pages(self.draft)?;
-                let written = file.write_all(&pages::encode(&runs));
+                let written = file.write_all(&pages::encode(&early, &all));
                 written.map_err(|e| in_draft("write", PAGES, &e))
             }
             // Clones go without.
-            Err(e) => {
+            (Err(e), _) | (_, Err(e)) => {
                 log::debug!("the pages that a start writes: {e}");
                 Ok(())
             }

@@ -18,8 +18,9 @@ const ENTRY: u64 = 8;
 /// The page is present; it is a page of the file, as nobody has written to it.
 const PRESENT: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
-/// In a run's length: its pages will be written.
+/// In a run's length: its pages will be written, and so before the agent has answered.
 const WRITTEN: u64 = 1;
+const EARLY: u64 = 2;
 /// Entries that are read at a time.
 const CHUNK: u64 = 1024;
 
@@ -30,6 +31,12 @@ pub(super) struct Run {
     pub(super) offset: u64,
     /// Bytes.
     pub(super) length: u64,
+}
+
+impl Run {
+    fn end(&self) -> u64 {
+        self.offset + self.length
+    }
 }
 
 /// Where a part of guest memory is mapped.
@@ -66,7 +73,7 @@ pub(super) fn written(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
 
 fn add(runs: &mut Vec<Run>, offset: u64) {
     match runs.last_mut() {
-        Some(last) if last.offset + last.length == offset => last.length += PAGE,
+        Some(last) if last.end() == offset => last.length += PAGE,
         _ => runs.push(Run {
             offset,
             length: PAGE,
@@ -121,12 +128,29 @@ fn mapping(line: &str, inode: u64) -> Option<(u64, u64, Option<u64>)> {
     }
 }
 
-/// As machine.proto has it: 16 bytes per run, offset and length, little-endian.
-pub(super) fn encode(runs: &[Run]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(runs.len() * 16);
-    for run in runs {
-        bytes.extend(run.offset.to_le_bytes());
-        bytes.extend((run.length | WRITTEN).to_le_bytes());
+/// As machine.proto has it, of all runs and those of them that were there when the agent had answered: 16
+/// bytes per run, offset and length, little-endian.
+pub(super) fn encode(early: &[Run], all: &[Run]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity((early.len() + all.len()) * 16);
+    let mut add = |offset: u64, end: u64, flags: u64| {
+        bytes.extend(offset.to_le_bytes());
+        bytes.extend(((end - offset) | flags).to_le_bytes());
+    };
+    for run in early {
+        add(run.offset, run.end(), WRITTEN | EARLY);
+    }
+    let mut early = early.iter().peekable();
+    for run in all {
+        let mut at = run.offset;
+        while let Some(there) = early.next_if(|there| there.offset < run.end()) {
+            if at < there.offset {
+                add(at, there.offset, WRITTEN);
+            }
+            at = at.max(there.end());
+        }
+        if at < run.end() {
+            add(at, run.end(), WRITTEN);
+        }
     }
     bytes
 }
@@ -178,13 +202,35 @@ mod tests {
 
     #[test]
     fn runs_are_written_as_the_contract_has_it() {
-        let run = Run {
-            offset: 0x3000,
-            length: 0x2000,
-        };
+        let run = |offset, length| Run { offset, length };
         let mut expected = vec![0, 0x30, 0, 0, 0, 0, 0, 0];
         expected.extend([1, 0x20, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(encode(&[run]), expected);
+        assert_eq!(encode(&[], &[run(0x3000, 0x2000)]), expected);
+
+        let early = [
+            run(0x1000, 0x1000),
+            run(0x4000, 0x2000),
+            run(0x9000, 0x1000),
+        ];
+        let all = [
+            run(0x1000, 0x1000),
+            run(0x3000, 0x4000),
+            run(0x9000, 0x2000),
+        ];
+        let words: Vec<u64> = encode(&early, &all)
+            .chunks(8)
+            .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+            .collect();
+        let runs: Vec<_> = words.chunks(2).map(|run| (run[0], run[1])).collect();
+        let expected = [
+            (0x1000, 0x1003),
+            (0x4000, 0x2003),
+            (0x9000, 0x1003),
+            (0x3000, 0x1001),
+            (0x6000, 0x1001),
+            (0xa000, 0x1001),
+        ];
+        assert_eq!(runs, expected);
     }
 
     #[test]

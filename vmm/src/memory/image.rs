@@ -8,6 +8,7 @@
 //! cache, and its private copy.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     os::{
@@ -28,6 +29,8 @@ const BLOCK: usize = RAM_GRANULE as usize;
 const PREFETCH_RUNS_MAX: usize = 1 << 16;
 /// Bytes of one run in a prefetch list.
 const PREFETCH_RUN: usize = 16;
+/// Bytes mapped at a time beside the running vCPUs: some 50 us, for which no request is looked at.
+const LATER_STEP: u64 = 16 * PAGE as u64;
 
 /// Bytes of the memory file: offset and length, multiples of 2 MiB.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -223,65 +226,106 @@ pub struct Prefetch {
     pub span: Span,
     /// The guest will write it.
     pub write: bool,
+    /// Wanted before the vCPUs run; the others are, beside them.
+    pub early: bool,
 }
 
-/// The runs listed in `file`, as the machine contract has them. What cannot be read is left out.
-pub fn read_prefetch(file: &File) -> Vec<Prefetch> {
-    let length = file.metadata().map_or(0, |metadata| metadata.size());
-    let length = usize::try_from(length).unwrap_or(usize::MAX);
-    let mut bytes = vec![0; length.min(PREFETCH_RUNS_MAX * PREFETCH_RUN)];
+/// The runs listed in `file`, as the machine contract has them, no more than `ram` holds together. What
+/// cannot be read is left out.
+pub fn read_prefetch(file: &File, ram: &GuestRam) -> Vec<Prefetch> {
+    let size = file.metadata().map_or(0, |metadata| metadata.size());
+    let size = usize::try_from(size).unwrap_or(usize::MAX);
+    let mut bytes = vec![0; size.min(PREFETCH_RUNS_MAX * PREFETCH_RUN)];
     if let Err(e) = file.read_exact_at(&mut bytes, 0) {
         log::warn!("read the list of pages to prefetch: {e}");
         return Vec::new();
     }
+    let total = length(ram);
     let run = |bytes: &[u8]| {
         let (offset, rest) = bytes.split_first_chunk()?;
         let (length, _) = rest.split_first_chunk()?;
         let (offset, length) = (u64::from_le_bytes(*offset), u64::from_le_bytes(*length));
-        let write = length & 1 != 0;
-        let length = length & !1;
+        let (write, early) = (length & 1 != 0, length & 2 != 0);
+        let length = length & !3;
         let whole = offset % PAGE as u64 == 0 && length % PAGE as u64 == 0 && length > 0;
+        let inside = offset.checked_add(length).is_some_and(|end| end <= total);
         let span = Span { offset, length };
-        whole.then_some(Prefetch { span, write })
+        (whole && inside).then_some(Prefetch { span, write, early })
     };
-    bytes.chunks_exact(PREFETCH_RUN).filter_map(run).collect()
+    // Overlapping runs must not keep the machine busy for ever.
+    let mut listed = 0;
+    let within = |run: &Prefetch| {
+        listed += run.span.length;
+        listed <= total
+    };
+    bytes
+        .chunks_exact(PREFETCH_RUN)
+        .filter_map(run)
+        .take_while(within)
+        .collect()
 }
 
-/// Maps the pages of `runs` into this process, and tells `mapped` of each run's guest address and
-/// bytes. A hint: what lies outside of memory is left out, and it ends where the host refuses. Returns
-/// how many bytes were mapped.
-pub fn prefetch(ram: &GuestRam, runs: &[Prefetch], mut mapped: impl FnMut(u64, u64)) -> u64 {
-    let mut done = 0;
-    let total = length(ram);
-    for run in runs {
-        let mut first = 0;
-        for region in ram.iter() {
-            let end = first + region.len();
-            let from = run.span.offset.max(first);
-            let to = run.span.offset.saturating_add(run.span.length).min(end);
-            let start = region.get_host_address(MemoryRegionAddress(from - first));
-            if let (true, Ok(start)) = (from < to, start) {
-                let advice = match run.write {
-                    true => libc::MADV_POPULATE_WRITE,
-                    false => libc::MADV_POPULATE_READ,
-                };
-                // SAFETY: the range lies within guest memory; populating changes nothing in it.
-                let result = unsafe { libc::madvise(start.cast(), (to - from) as usize, advice) };
-                if result != 0 {
-                    log::debug!("prefetch: {}", io::Error::last_os_error());
-                    return done;
-                }
-                done += to - from;
-                mapped(region.start_addr().0 + (from - first), to - from);
+/// Maps the pages of `run` into this process, and tells `mapped` of their guest addresses and bytes. A
+/// hint: what lies outside of memory is left out.
+///
+/// # Errors
+/// The host refuses, as it will refuse all others.
+pub fn prefetch(
+    ram: &GuestRam,
+    run: &Prefetch,
+    mut mapped: impl FnMut(u64, u64),
+) -> io::Result<()> {
+    let advice = match run.write {
+        true => libc::MADV_POPULATE_WRITE,
+        false => libc::MADV_POPULATE_READ,
+    };
+    let mut first = 0;
+    for region in ram.iter() {
+        let end = first + region.len();
+        let from = run.span.offset.max(first);
+        let to = run.span.offset.saturating_add(run.span.length).min(end);
+        let start = region.get_host_address(MemoryRegionAddress(from - first));
+        if let (true, Ok(start)) = (from < to, start) {
+            // SAFETY: the range lies within guest memory; populating changes nothing in it.
+            let result = unsafe { libc::madvise(start.cast(), (to - from) as usize, advice) };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
             }
-            first = end;
+            mapped(region.start_addr().0 + (from - first), to - from);
         }
-        // Overlapping runs must not keep the machine busy for ever.
-        if done >= total {
-            break;
-        }
+        first = end;
     }
-    done
+    Ok(())
+}
+
+/// Pages that are to be mapped beside the running vCPUs, a few at a time.
+pub struct Later {
+    ram: GuestRam,
+    runs: VecDeque<Prefetch>,
+}
+
+impl Later {
+    pub fn new(ram: GuestRam, runs: impl Iterator<Item = Prefetch>) -> Self {
+        let runs = runs.collect();
+        Self { ram, runs }
+    }
+
+    /// Maps the next 64 KiB at most; false when nothing is left to do.
+    pub fn step(&mut self) -> bool {
+        let Some(run) = self.runs.front_mut() else {
+            return false;
+        };
+        let mut part = *run;
+        part.span.length = part.span.length.min(LATER_STEP);
+        run.span.offset += part.span.length;
+        run.span.length -= part.span.length;
+        if run.span.length == 0 {
+            self.runs.pop_front();
+        }
+        prefetch(&self.ram, &part, |_, _| ())
+            .inspect_err(|e| log::debug!("prefetch: {e}"))
+            .is_ok()
+    }
 }
 
 #[cfg(test)]
@@ -360,7 +404,7 @@ mod tests {
         let file = memfd();
         let runs: [(u64, u64); 5] = [
             (4096, 8192),
-            (8192, 4097),
+            (8192, 4099),
             (1, 4096),
             (0, 0),
             (!4095, !4095),
@@ -371,15 +415,59 @@ mod tests {
             .chain([1, 2, 3])
             .collect();
         file.write_all_at(&bytes, 0).unwrap();
-        let runs = read_prefetch(&file);
-        assert_eq!(runs.len(), 3);
-        assert!(!runs[0].write && runs[1].write);
         let ram = allocate(RAM_MIN).unwrap();
+        let runs = read_prefetch(&file, &ram);
+        let run = |offset, length, write, early| Prefetch {
+            span: Span { offset, length },
+            write,
+            early,
+        };
+        assert_eq!(
+            runs,
+            [run(4096, 8192, false, false), run(8192, 4096, true, true)]
+        );
         let mut mapped = Vec::new();
-        let done = prefetch(&ram, &runs, |address, length| {
-            mapped.push((address, length))
-        });
-        assert_eq!(done, 8192 + 4096);
+        for run in &runs {
+            prefetch(&ram, run, |address, length| mapped.push((address, length))).unwrap();
+        }
         assert_eq!(mapped, [(4096, 8192), (8192, 4096)]);
+    }
+
+    #[test]
+    fn overlapping_runs_end() {
+        let file = memfd();
+        let run = [0u64.to_le_bytes(), RAM_MIN.to_le_bytes()].concat();
+        file.write_all_at(&run.repeat(100), 0).unwrap();
+        let ram = allocate(RAM_MIN).unwrap();
+        assert_eq!(read_prefetch(&file, &ram).len(), 1);
+    }
+
+    #[test]
+    fn what_is_left_for_later_comes_in_small_steps() {
+        let ram = allocate(RAM_MIN).unwrap();
+        let run = |offset, length| Prefetch {
+            span: Span { offset, length },
+            write: true,
+            early: false,
+        };
+        let runs = [run(0, LATER_STEP + 4096), run(40 << 20, 4096)];
+        let mut later = Later::new(ram.clone(), runs.into_iter());
+        let mut steps = 0;
+        while later.step() {
+            steps += 1;
+        }
+        assert_eq!(steps, 3);
+        let region = ram.iter().next().unwrap();
+        let start = region.get_host_address(MemoryRegionAddress(0)).unwrap();
+        let resident = |offset: u64| {
+            let mut page = 0;
+            // SAFETY: the page lies within guest memory, and its answer is one byte.
+            let result =
+                unsafe { libc::mincore(start.add(offset as usize).cast(), 4096, &mut page) };
+            assert_eq!(result, 0);
+            page & 1 == 1
+        };
+        assert!(resident(0) && resident(LATER_STEP) && resident(40 << 20));
+        assert!(!resident(LATER_STEP + 4096));
     }
 }

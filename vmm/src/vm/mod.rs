@@ -22,7 +22,7 @@ pub mod vcpu;
 mod vcpu_state;
 
 pub use self::{
-    restore::{RestoreConfig, RestoreError},
+    restore::{RestoreConfig, RestoreError, Restored},
     save::SaveError,
 };
 

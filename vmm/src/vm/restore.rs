@@ -27,7 +27,10 @@ use super::{
 };
 use crate::{
     fs::FileServer,
-    memory::{self, Ungrowable, image},
+    memory::{
+        self, Ungrowable,
+        image::{self, Later, Prefetch},
+    },
     state::{self, StateError},
     virtio::DeviceError,
 };
@@ -52,7 +55,7 @@ pub struct RestoreConfig {
     pub state: File,
     /// The socket joined to the agent's connection.
     pub agent: OwnedFd,
-    /// Runs of memory to be mapped before the vCPUs run.
+    /// Runs of memory to be mapped before they are asked for.
     pub pages: Option<File>,
     /// What it is to have, in bytes; 0: as saved.
     pub memory_bytes: u64,
@@ -66,6 +69,14 @@ pub struct Added {
     /// Guest-physical address.
     pub start: u64,
     pub bytes: u64,
+}
+
+/// A machine that runs on.
+pub struct Restored {
+    pub vm: Vm,
+    pub added: Added,
+    /// Left to be mapped.
+    pub later: Later,
 }
 
 /// Why a machine was not restored.
@@ -138,7 +149,7 @@ impl Vm {
     pub fn restore(
         config: RestoreConfig,
         files: Arc<FileServer>,
-    ) -> Result<(Self, Added), RestoreError> {
+    ) -> Result<Restored, RestoreError> {
         let began = Instant::now();
         let saved = state::read(&config.state)?;
         let kvm = open(config.kvm)?;
@@ -178,8 +189,11 @@ impl Vm {
                 .unwrap_or_else(PoisonError::into_inner);
             port.restore(console);
         }
-        if let (Some(pages), Some(first)) = (config.pages, vcpus.first()) {
-            prefetch(&chassis, &first.fd, &pages);
+        let pages = config.pages.as_ref();
+        let pages = pages.map_or_else(Vec::new, |pages| image::read_prefetch(pages, &chassis.ram));
+        if let Some(first) = vcpus.first() {
+            let early = pages.iter().filter(|run| run.early);
+            prefetch(&chassis, &first.fd, early);
         }
         if let Some(first) = vcpus.first() {
             clock::restore_kvmclock(&chassis.fd, &first.fd, clocks)
@@ -189,37 +203,46 @@ impl Vm {
             chassis.pci.stop();
             return Err(BuildError::from(e).into());
         }
+        let later = pages.into_iter().filter(|run| !run.early);
+        let later = Later::new(chassis.ram.clone(), later);
         let mut vm = chassis.start(vcpus, possible)?;
         vm.grown = grown;
         log::debug!("restored in {:?}", began.elapsed());
         let (start, bytes) = added.unwrap_or_default();
-        Ok((vm, Added { start, bytes }))
+        let added = Added { start, bytes };
+        Ok(Restored { vm, added, later })
     }
 }
 
-/// Maps the listed pages, for this process and, where KVM can, for the guest: each page saves the guest
+/// Maps `runs` of pages, for this process and, where KVM can, for the guest: each page saves the guest
 /// a fault of either kind. `vcpu` has its state.
-fn prefetch(chassis: &Chassis, vcpu: &VcpuFd, pages: &File) {
+fn prefetch<'a>(chassis: &Chassis, vcpu: &VcpuFd, runs: impl Iterator<Item = &'a Prefetch>) {
     let mut can = chassis
         .fd
         .check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into())
         > 0;
-    let runs = image::read_prefetch(pages);
-    image::prefetch(&chassis.ram, &runs, |gpa, size| {
-        let mut range = PreFault {
-            gpa,
-            size,
-            flags: 0,
-            padding: [0; 5],
-        };
-        if can {
-            // SAFETY: the structure is live and laid out as KVM has it, which writes back how far it
-            // came; it names guest memory alone.
-            let result = unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) };
-            // Without nested paging there is no table to be filled.
-            can = result == 0;
+    for run in runs {
+        let mapped = image::prefetch(&chassis.ram, run, |gpa, size| {
+            let mut range = PreFault {
+                gpa,
+                size,
+                flags: 0,
+                padding: [0; 5],
+            };
+            if can {
+                // SAFETY: the structure is live and laid out as KVM has it, which writes back how far it
+                // came; it names guest memory alone.
+                let result =
+                    unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) };
+                // Without nested paging there is no table to be filled.
+                can = result == 0;
+            }
+        });
+        if let Err(e) = mapped {
+            log::debug!("prefetch: {e}");
+            break;
         }
-    });
+    }
 }
 
 /// The CPUID of each vCPU, those that were saved first: all of them this host offers. Of `wanted` vCPUs,

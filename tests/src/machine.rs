@@ -458,7 +458,8 @@ pub async fn hello(agent: UnixStream) -> Result<AgentClient> {
     Ok(client)
 }
 
-/// The pages of the memory file that the VMM `pid` has copied, as a prefetch list: to be written.
+/// The pages of the memory file that the VMM `pid` has copied, as a prefetch list: to be written, before
+/// the vCPUs run.
 ///
 /// # Errors
 /// When /proc does not tell.
@@ -467,6 +468,7 @@ pub fn pages_written(pid: u32, memory: &File) -> Result<File> {
     const PRESENT: u64 = 1 << 63;
     const OF_FILE: u64 = 1 << 61;
     const TO_BE_WRITTEN: u64 = 1;
+    const BEFORE_ALL: u64 = 2;
     let inode = memory.metadata()?.ino();
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
@@ -500,7 +502,7 @@ pub fn pages_written(pid: u32, memory: &File) -> Result<File> {
     let file = scratch_file()?;
     let bytes: Vec<u8> = list
         .iter()
-        .flat_map(|(offset, length)| [*offset, *length | TO_BE_WRITTEN])
+        .flat_map(|(offset, length)| [*offset, *length | TO_BE_WRITTEN | BEFORE_ALL])
         .flat_map(u64::to_le_bytes)
         .collect();
     file.write_all_at(&bytes, 0)?;

@@ -352,10 +352,15 @@ impl Machine for MachineService {
     }
 }
 
-/// Maps what is left, between the requests.
+/// Maps what is left, between the requests, and while nobody else has a use for the processor.
 async fn prefetch(mut later: Later) {
-    while later.step() {
+    loop {
+        // Whoever waits for an answer comes first, and then the vCPUs.
         tokio::task::yield_now().await;
+        std::thread::yield_now();
+        if !later.step() {
+            break;
+        }
     }
 }
 

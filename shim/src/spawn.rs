@@ -382,6 +382,67 @@ mod tests {
         );
     }
 
+    /// Answers the child's wish for cores of its own with an errno, 0 being none: few kernels can fulfil it.
+    fn spawn_where_core_scheduling_says(errno: i32) -> Result<String, SpawnError> {
+        use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+        const PR_SCHED_CORE: u32 = 62;
+        let at = |offset: usize| (BPF_LD | BPF_W | BPF_ABS, 0, offset as u32);
+        // If it is the number, go on; else skip what follows, up to the last instruction.
+        let is = |number: u32, skip: u8| (BPF_JMP | BPF_JEQ | BPF_K, skip, number);
+        let code = [
+            at(std::mem::offset_of!(libc::seccomp_data, nr)),
+            is(libc::SYS_prctl as u32, 3),
+            at(std::mem::offset_of!(libc::seccomp_data, args)),
+            is(PR_SCHED_CORE, 1),
+            (BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+            (BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let answer = move || {
+            let mut filter = code.map(|(code, jf, k)| libc::sock_filter {
+                code: code as u16,
+                jt: 0,
+                jf,
+                k,
+            });
+            let program = libc::sock_fprog {
+                len: filter.len() as u16,
+                filter: filter.as_mut_ptr(),
+            };
+            // SAFETY: a live program; it is this thread's and its children's alone.
+            let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
+            assert_eq!(set, 0, "a seccomp filter needs root");
+            let (machine, _ours) = UnixStream::pair().unwrap();
+            spawn(&Launch {
+                program: Path::new("/bin/true"),
+                machine: machine.as_fd(),
+                descriptors: machine.as_fd(),
+                stderr: machine.as_fd(),
+                network: None,
+                cgroup: None,
+                core_scheduling: true,
+            })
+            // Here, for it dies with the thread that has started it.
+            .map(|child| reap(&child.pidfd).unwrap())
+        };
+        std::thread::spawn(answer).join().unwrap()
+    }
+
+    #[test]
+    fn a_vmm_without_cores_of_its_own_does_not_start_when_it_should_have_them() {
+        // There is nobody to be kept off where no core has a second thread.
+        for errno in [0, libc::ENODEV] {
+            let ended = spawn_where_core_scheduling_says(errno).unwrap();
+            assert_eq!(ended, "exited with status 0");
+        }
+        let refused = spawn_where_core_scheduling_says(libc::EINVAL).unwrap_err();
+        let said = refused.to_string();
+        assert!(
+            said.starts_with("core_scheduling: the host's kernel"),
+            "{said}"
+        );
+        assert!(matches!(refused, SpawnError::Core(_)));
+    }
+
     #[test]
     fn no_network_namespace_is_an_error_of_its_own() {
         let (machine, _ours) = UnixStream::pair().unwrap();

@@ -69,6 +69,8 @@ lint:
 
 ## test-long: the tests that take longer than `make test` may, about an hour in software
 test-long: build husk-lab
+	@deploy/prepare-host test
+	$(CARGO) test --locked --workspace --tests -- --ignored
 	$(LAB) test --ignored --limit 3600 --timeout 10800 $(TESTS)
 
 ## bench: husk beside runc in virtual time, into target/bench/report.json

@@ -14,6 +14,7 @@ use std::{
 use crate::{
     cgroup,
     config::{CONFIG, Config, Sharing},
+    core_scheduling,
     options::Options,
     templates::Store,
 };
@@ -103,6 +104,9 @@ pub fn findings() -> Vec<Finding> {
             findings.push(file("guest initrd", "initrd", &config.initrd, b"070701"));
             if config.templates != Sharing::Off {
                 findings.push(template_directory(&config.template_dir));
+            }
+            if config.core_scheduling {
+                findings.push(others_off_cores(core_scheduling::on_this_host()));
             }
         }
         Err(e) => {
@@ -320,6 +324,22 @@ fn request(fd: &impl AsRawFd, request: libc::c_ulong) -> std::io::Result<i32> {
     }
 }
 
+fn others_off_cores(on_this_host: std::io::Result<bool>) -> Finding {
+    let subject = "core_scheduling";
+    match on_this_host {
+        Ok(true) => Finding::good(subject, "keeps others off a pod's cores"),
+        Ok(false) => Finding::good(subject, "no core has a second thread in use"),
+        Err(e) => {
+            let mend = "take another kernel, switch SMT off, or set core_scheduling = false";
+            Finding::bad(
+                subject,
+                core_scheduling::refusal(&e),
+                format!("{mend} in {CONFIG}"),
+            )
+        }
+    }
+}
+
 fn file(subject: &str, key: &str, path: &Path, magic: &[u8]) -> Finding {
     use std::io::Read;
     let mend = format!("install it (make install), or set {key} in {CONFIG}");
@@ -381,6 +401,18 @@ mod tests {
         assert_eq!(line("6.1.9", "Y\n", plain).unwrap(), "advice");
         assert_eq!(line("6.1.9", "Y\n", often).unwrap(), "ok");
         assert_eq!(line("6.1.9", "N\n", plain).unwrap(), "ok");
+    }
+
+    #[test]
+    fn core_scheduling_that_cannot_be_had_is_bad() {
+        let line = |answer| others_off_cores(answer).to_string();
+        assert!(line(Ok(true)).starts_with("ok ") && line(Ok(false)).starts_with("ok "));
+        let lacks = std::io::Error::from_raw_os_error(libc::EINVAL);
+        let said = line(Err(lacks));
+        assert!(
+            said.starts_with("bad ") && said.contains("CONFIG_SCHED_CORE"),
+            "{said}"
+        );
     }
 
     #[test]

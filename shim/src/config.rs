@@ -68,6 +68,8 @@ pub struct Config {
     /// From the VMM's start to the agent's first word.
     pub agent_timeout: Duration,
     pub log_level: Option<LevelFilter>,
+    /// Nothing else runs on the other threads of a core that the pod runs on.
+    pub core_scheduling: bool,
     pub templates: Sharing,
     /// On a file system of the host's own; need not exist.
     pub template_dir: PathBuf,
@@ -105,6 +107,7 @@ struct Table {
     cmdline: Option<String>,
     agent_timeout_ms: Option<u64>,
     log_level: Option<String>,
+    core_scheduling: Option<bool>,
     templates: Option<String>,
     template_dir: Option<PathBuf>,
     template_space_mib: Option<u64>,
@@ -140,6 +143,7 @@ impl Config {
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),
             log_level: None,
+            core_scheduling: false,
             templates: Sharing::Namespace,
             template_dir: TEMPLATES.into(),
             template_space_mib: TEMPLATE_SPACE_MIB,
@@ -158,6 +162,7 @@ impl Config {
             cmdline: Some(self.cmdline.clone()),
             agent_timeout_ms: u64::try_from(self.agent_timeout.as_millis()).ok(),
             log_level: None,
+            core_scheduling: Some(self.core_scheduling),
             templates: Some(self.templates.name().into()),
             template_dir: Some(self.template_dir.clone()),
             template_space_mib: Some(self.template_space_mib),
@@ -236,6 +241,7 @@ impl Config {
             };
             self.log_level = Some(parsed);
         }
+        self.core_scheduling = table.core_scheduling.unwrap_or(self.core_scheduling);
         if let Some(sharing) = table.templates {
             let known = [Sharing::Off, Sharing::Namespace, Sharing::Node];
             let Some(known) = known.into_iter().find(|known| known.name() == sharing) else {
@@ -320,9 +326,11 @@ mod tests {
     #[test]
     fn comes_back_from_its_own_toml() {
         let body = "memory_mib = 128\nkernel = \"/a \\\"b\\\"/ü\"\ntemplates = \"node\"\n\
-                    template_space_mib = 7\ntemplate_dir = \"/t\"\ncmdline = \"a='b' \\\\\"\n";
+                    template_space_mib = 7\ntemplate_dir = \"/t\"\ncmdline = \"a='b' \\\\\"\n\
+                    core_scheduling = true\n";
         let config = load(None, body).unwrap();
         assert_eq!(config.templates, Sharing::Node);
+        assert!(config.core_scheduling);
         assert_eq!(load(None, &config.to_toml().unwrap()).unwrap(), config);
     }
 
@@ -355,6 +363,7 @@ mod tests {
             ("memory_mib = \"much\"", "memory_mib"),
             ("templates = \"all\"", "templates = \"all\""),
             ("templates = true", "templates"),
+            ("core_scheduling = \"yes\"", "core_scheduling"),
             ("template_dir = \"t\"", "template_dir"),
             ("template_space_mib = 0", "template_space_mib = 0"),
         ] {

@@ -10,7 +10,8 @@
 //!           process, stdio               its processes and their bytes
 //!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
 //!                                        booting
-//!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
+//!           vm, vmm, machine, spawn,     the husk-vmm process and the agent behind it
+//!           core_scheduling
 //!           spec, devices, shares, mount what of the host the guest gets to see
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
@@ -27,6 +28,7 @@ pub mod cleanup;
 pub mod config;
 pub mod container;
 pub mod control;
+mod core_scheduling;
 pub mod devices;
 pub mod ending;
 pub mod events;

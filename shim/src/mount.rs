@@ -80,10 +80,15 @@ pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// What every share is to the host, whatever it is to the guest, whose own mount of it decides there:
+/// nothing is executed from it and no device opened through it, not even by a VMM that its guest has won.
+const HOSTS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+
 /// Cuts a detached mount off from all propagation and gives it its attributes.
 pub fn seal(tree: impl AsFd, attributes: Attributes) -> io::Result<()> {
     let recursive = libc::AT_RECURSIVE as u32;
-    set_attributes(&tree, recursive, attributes.set_recursive, libc::MS_PRIVATE)?;
+    let everywhere = attributes.set_recursive | HOSTS;
+    set_attributes(&tree, recursive, everywhere, libc::MS_PRIVATE)?;
     if attributes.set != 0 {
         set_attributes(&tree, 0, attributes.set, 0)?;
     }

@@ -324,7 +324,13 @@ fn shorten(options: &[String]) -> Option<(PathBuf, String)> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::{fd::AsRawFd, unix::net::UnixListener};
+    use std::{
+        ffi::CString,
+        os::{
+            fd::AsRawFd,
+            unix::{fs::PermissionsExt, net::UnixListener},
+        },
+    };
 
     use super::*;
 
@@ -420,6 +426,30 @@ mod tests {
         assert_eq!(names(&tree), ["file"]);
         let error = fs::write(format!("/proc/self/fd/{}/new", tree.as_raw_fd()), "").unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+    }
+
+    /// What a guest puts into a share, or finds there, must be of no use on the host.
+    #[test]
+    fn nothing_of_a_share_is_executed_or_a_device_on_the_host() {
+        let top = tempfile::tempdir().unwrap();
+        let script = top.path().join("script");
+        fs::write(&script, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o4755)).unwrap();
+        let device = CString::new(top.path().join("null").to_str().unwrap()).unwrap();
+        // SAFETY: a NUL-terminated path.
+        let made = unsafe { libc::mknod(device.as_ptr(), libc::S_IFCHR | 0o666, 0x103) };
+        assert_eq!(made, 0, "mknod needs root");
+        let tree = root(
+            Path::new("/nowhere"),
+            &[mount_of("bind", top.path(), &["rbind"])],
+        )
+        .unwrap();
+        let inside = |name: &str| format!("/proc/self/fd/{}/{name}", tree.as_raw_fd());
+        let denied = Some(libc::EACCES);
+        let opened = fs::File::open(inside("null")).unwrap_err();
+        assert_eq!(opened.raw_os_error(), denied);
+        let executed = std::process::Command::new(inside("script")).spawn();
+        assert_eq!(executed.unwrap_err().raw_os_error(), denied);
     }
 
     #[test]

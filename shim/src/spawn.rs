@@ -17,7 +17,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::record;
+use crate::{core_scheduling, record};
 
 /// Above every descriptor number that the child gives out.
 const FIRST_FREE: RawFd = 10;
@@ -35,6 +35,8 @@ pub struct Launch<'a> {
     pub network: Option<BorrowedFd<'a>>,
     /// The cgroup that it is born in; none for ours.
     pub cgroup: Option<BorrowedFd<'a>>,
+    /// No other process runs beside it on a core: see [`core_scheduling`].
+    pub core_scheduling: bool,
 }
 
 /// A husk-vmm that runs.
@@ -53,6 +55,8 @@ pub enum SpawnError {
     Clone(io::Error),
     #[error("join the pod's network namespace: {0}")]
     Network(io::Error),
+    #[error("core_scheduling: {}", core_scheduling::refusal(.0))]
+    Core(io::Error),
     #[error("hand descriptors to {program}: {cause}")]
     Descriptors { program: PathBuf, cause: io::Error },
     #[error("execute {program}: {cause}")]
@@ -63,6 +67,7 @@ pub enum SpawnError {
 const STAGE_NETWORK: u8 = 1;
 const STAGE_DESCRIPTORS: u8 = 2;
 const STAGE_EXECUTE: u8 = 3;
+const STAGE_CORE: u8 = 4;
 
 /// Everything the child needs, laid out before it exists.
 struct Prepared {
@@ -72,6 +77,7 @@ struct Prepared {
     /// (descriptor, number in the child); every source is above every number.
     descriptors: [(OwnedFd, RawFd); 5],
     network: Option<OwnedFd>,
+    core_scheduling: bool,
     report: OwnedFd,
 }
 
@@ -106,6 +112,7 @@ pub fn spawn(launch: &Launch<'_>) -> Result<Child, SpawnError> {
     let program = launch.program.to_owned();
     Err(match *stage {
         STAGE_NETWORK => SpawnError::Network(cause),
+        STAGE_CORE => SpawnError::Core(cause),
         STAGE_DESCRIPTORS => SpawnError::Descriptors { program, cause },
         _ => SpawnError::Execute { program, cause },
     })
@@ -133,6 +140,7 @@ impl Prepared {
                 ),
             ],
             network: launch.network.map(|fd| high(fd.as_raw_fd())).transpose()?,
+            core_scheduling: launch.core_scheduling,
             report: high(report.as_raw_fd())?,
         })
     }
@@ -199,6 +207,10 @@ unsafe fn run_child(prepared: &Prepared) -> ! {
         let flags = libc::CLOSE_RANGE_CLOEXEC;
         if libc::syscall(libc::SYS_close_range, first, u32::MAX, flags) != 0 {
             fail(prepared, STAGE_DESCRIPTORS);
+        }
+        // Threads inherit it, and execve keeps it.
+        if prepared.core_scheduling && !core_scheduling::share_with_nobody() {
+            fail(prepared, STAGE_CORE);
         }
         // Our death closes its machine socket, which it dies of; this is for one that is stuck.
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -301,6 +313,7 @@ mod tests {
             stderr: errors.as_fd(),
             network,
             cgroup: None,
+            core_scheduling: false,
         })
         .unwrap();
         drop((machine, errors));
@@ -359,6 +372,7 @@ mod tests {
             stderr: machine.as_fd(),
             network: None,
             cgroup: None,
+            core_scheduling: false,
         })
         .unwrap_err()
         .to_string();
@@ -366,6 +380,67 @@ mod tests {
             error,
             "execute /nowhere/husk-vmm: No such file or directory (os error 2)"
         );
+    }
+
+    /// Answers the child's wish for cores of its own with an errno, 0 being none: few kernels can fulfil it.
+    fn spawn_where_core_scheduling_says(errno: i32) -> Result<String, SpawnError> {
+        use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+        const PR_SCHED_CORE: u32 = 62;
+        let at = |offset: usize| (BPF_LD | BPF_W | BPF_ABS, 0, offset as u32);
+        // If it is the number, go on; else skip what follows, up to the last instruction.
+        let is = |number: u32, skip: u8| (BPF_JMP | BPF_JEQ | BPF_K, skip, number);
+        let code = [
+            at(std::mem::offset_of!(libc::seccomp_data, nr)),
+            is(libc::SYS_prctl as u32, 3),
+            at(std::mem::offset_of!(libc::seccomp_data, args)),
+            is(PR_SCHED_CORE, 1),
+            (BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+            (BPF_RET | BPF_K, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let answer = move || {
+            let mut filter = code.map(|(code, jf, k)| libc::sock_filter {
+                code: code as u16,
+                jt: 0,
+                jf,
+                k,
+            });
+            let program = libc::sock_fprog {
+                len: filter.len() as u16,
+                filter: filter.as_mut_ptr(),
+            };
+            // SAFETY: a live program; it is this thread's and its children's alone.
+            let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, 2, &raw const program) };
+            assert_eq!(set, 0, "a seccomp filter needs root");
+            let (machine, _ours) = UnixStream::pair().unwrap();
+            spawn(&Launch {
+                program: Path::new("/bin/true"),
+                machine: machine.as_fd(),
+                descriptors: machine.as_fd(),
+                stderr: machine.as_fd(),
+                network: None,
+                cgroup: None,
+                core_scheduling: true,
+            })
+            // Here, for it dies with the thread that has started it.
+            .map(|child| reap(&child.pidfd).unwrap())
+        };
+        std::thread::spawn(answer).join().unwrap()
+    }
+
+    #[test]
+    fn a_vmm_without_cores_of_its_own_does_not_start_when_it_should_have_them() {
+        // There is nobody to be kept off where no core has a second thread.
+        for errno in [0, libc::ENODEV] {
+            let ended = spawn_where_core_scheduling_says(errno).unwrap();
+            assert_eq!(ended, "exited with status 0");
+        }
+        let refused = spawn_where_core_scheduling_says(libc::EINVAL).unwrap_err();
+        let said = refused.to_string();
+        assert!(
+            said.starts_with("core_scheduling: the host's kernel"),
+            "{said}"
+        );
+        assert!(matches!(refused, SpawnError::Core(_)));
     }
 
     #[test]
@@ -378,6 +453,7 @@ mod tests {
             stderr: machine.as_fd(),
             network: Some(machine.as_fd()),
             cgroup: None,
+            core_scheduling: false,
         })
         .unwrap_err();
         assert!(matches!(error, SpawnError::Network(_)), "{error}");

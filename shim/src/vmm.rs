@@ -56,6 +56,7 @@ impl Vmm {
                 stderr: remote_stderr.as_fd(),
                 network: network.map(|fd| fd.as_fd()),
                 cgroup: cgroup.as_ref().map(PodCgroup::directory),
+                core_scheduling: config.core_scheduling,
             })
             .map_err(Fault::internal)?;
             // Last, as what is started has to be ended if anything fails from here on.

@@ -1,6 +1,7 @@
 //! What the end-to-end tests are written with. They run as root inside the lab, one at a time, beside
 //! a real containerd; see `docs/lab.md`.
 
+pub mod bare;
 pub mod census;
 pub mod command;
 pub mod cpio;

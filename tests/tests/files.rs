@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process:
 
 use husk_tests::{
     command,
-    ctr::{Run, Runtime},
+    ctr::{Container, Run, Runtime},
 };
 
 /// Where the lab installs it; static, so that it runs in any image.
@@ -179,5 +179,88 @@ fn a_volume_is_shared_with_the_host() {
     assert_eq!(
         fs::read_to_string(scratch.0.join("back")).expect("read"),
         "inside\n"
+    );
+}
+
+/// Few open files, for this host and for what containerd starts; as many as before when dropped.
+struct FewOpenFiles {
+    containerd: String,
+    /// Soft and hard, as prlimit(1) takes them.
+    before: String,
+    host: String,
+}
+
+const NR_OPEN: &str = "/proc/sys/fs/nr_open";
+
+impl FewOpenFiles {
+    fn new(limit: u32) -> Self {
+        let pid = command::run(Command::new("pidof").arg("containerd"), b"").ok();
+        let containerd = pid.trim().to_owned();
+        let limits = fs::read_to_string(format!("/proc/{containerd}/limits")).expect("its limits");
+        let files = limits
+            .lines()
+            .find(|line| line.starts_with("Max open files"));
+        let words: Vec<&str> = files.expect("its limit").split_whitespace().collect();
+        let few = FewOpenFiles {
+            before: format!("{}:{}", words[3], words[4]),
+            host: fs::read_to_string(NR_OPEN).expect("the host's limit"),
+            containerd,
+        };
+        few.set(&format!("{limit}:{limit}"));
+        fs::write(NR_OPEN, limit.to_string()).expect("set the host's limit");
+        few
+    }
+
+    fn set(&self, limits: &str) {
+        let nofile = format!("--nofile={limits}");
+        let args = ["--pid", &self.containerd, &nofile];
+        command::run(Command::new("prlimit").args(args), b"").ok();
+    }
+}
+
+impl Drop for FewOpenFiles {
+    fn drop(&mut self) {
+        let _ = fs::write(NR_OPEN, self.host.trim());
+        self.set(&self.before);
+    }
+}
+
+/// The file server holds a descriptor for each file that the guest's kernel remembers, and has no more than
+/// the host allows.
+#[test]
+fn a_pod_walks_through_more_files_than_it_may_remember() {
+    const LIMIT: u32 = 1024;
+    let scratch = Scratch::new("many-files");
+    for directory in 0..10 {
+        let directory = scratch.0.join(directory.to_string());
+        fs::create_dir(&directory).expect("create a directory");
+        for file in 0..80 {
+            fs::write(directory.join(file.to_string()), "x").expect("write a file");
+        }
+    }
+    let pod = {
+        let _few = FewOpenFiles::new(LIMIT);
+        let data = bind(scratch.0.to_str().expect("utf-8"), "/data", "rw");
+        Container::detached(
+            Runtime::Husk,
+            &["--null-io", "--mount", &data],
+            &["sleep", "86400"],
+        )
+    };
+    let descriptors = || fs::read_dir(format!("/proc/{}/fd", pod.pid())).map_or(0, Iterator::count);
+    // Each of them is looked at: by its size, by its content, by its name in a new place.
+    for script in [
+        "find /data -type f -size 1c | wc -l",
+        "cat /data/*/* | wc -c",
+        "for d in /data/?; do mv $d $d.moved; done; ls -l /data/*/ | grep -c ' 1 root'",
+    ] {
+        let outcome = pod.exec(&["sh", "-c", script]);
+        assert_eq!(outcome.ok().trim(), "800", "{script}");
+        let held = descriptors();
+        assert!(held < LIMIT as usize, "{held} descriptors after {script}");
+    }
+    assert!(
+        descriptors() > LIMIT as usize / 4,
+        "the limit was never near"
     );
 }

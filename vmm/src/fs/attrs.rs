@@ -112,7 +112,12 @@ impl FileServer {
 
     /// What the guest is told when it is told of an inode.
     pub(super) fn entry(&self, node: &Node, stat: &Stat) -> EntryOut {
-        let (entry_valid, entry_valid_nsec) = node.share.entry_valid();
+        // What may be believed for no time at all the guest's kernel keeps no longer than it is in use, and
+        // then forgets (Linux fs/fuse/dir.c, fuse_dentry_delete): see `limits.rs`.
+        let (entry_valid, entry_valid_nsec) = match self.budget.is_ample() {
+            true => node.share.entry_valid(),
+            false => (0, 0),
+        };
         let (attr_valid, attr_valid_nsec) = node.share.attr_valid(stat);
         let mut attr = wire_attr(stat);
         if node.submount && self.has_submounts() {

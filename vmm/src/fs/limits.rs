@@ -2,8 +2,13 @@
 //!
 //! Every inode the guest knows and every file it has open costs one, and with it an inode that the
 //! host's kernel cannot drop: about a kilobyte that no limit of the pod accounts for. So a guest gets
-//! [`GUEST`] of them, whatever the host allows. When they are used up it is told so (ENFILE); what it
-//! knows it can go on with, and the VMM itself never runs out.
+//! [`GUEST`] of them, whatever the host allows.
+//!
+//! A guest's kernel remembers what it was told of until its memory is short. When only a quarter is left,
+//! it is told of the rest with names that are good for one use, so it forgets each as soon as nobody uses it:
+//! walking through any number of files takes longer then, and goes on. Only when so many are in use at once, or
+//! the guest does not forget, nothing is left, and it is told so (ENFILE). What it knows it can go on with, and
+//! the VMM itself never runs out.
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -77,7 +82,7 @@ fn raise_open_files() -> io::Result<libc::rlim_t> {
 /// The number of descriptors the guest may make the server hold, or of anything else that costs.
 pub(super) struct Budget {
     left: AtomicUsize,
-    /// With less than this left, nothing is spent on what the guest did not ask for by name.
+    /// With no more than this left, nothing is spent on what the guest does not use.
     low: usize,
 }
 
@@ -89,7 +94,8 @@ impl Budget {
         })
     }
 
-    /// Whether there is enough to look files up before the guest asks for them (READDIRPLUS).
+    /// Whether there is enough for the guest to remember what it does not use, and to look files up before
+    /// it asks for them (READDIRPLUS).
     pub(super) fn is_ample(&self) -> bool {
         self.left.load(Ordering::Relaxed) > self.low
     }

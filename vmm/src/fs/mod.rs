@@ -17,10 +17,12 @@
 //!
 //! Where to look: `wire` the protocol, `message` requests and replies in guest memory, `server`
 //! dispatch; `names`, `attrs`, `data`, `dirs`, `xattrs`, `root` the operations; `inode`, `handle`,
-//! `share` what is known, `limits` how much, `saved` what outlives the process; `creds` acting as the caller; `self_fd`, `sys` the way to the kernel.
+//! `share` what is known, `limits` how much, `closing` how it goes, `saved` what outlives the process; `creds` acting as
+//! the caller; `self_fd`, `sys` the way to the kernel.
 //! Why a server of our own: `docs/decisions/0002-file-server.md`.
 
 mod attrs;
+mod closing;
 mod creds;
 mod data;
 mod dirs;

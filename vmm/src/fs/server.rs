@@ -1,6 +1,6 @@
 //! The server itself: what it owns, how shares come and go, and which operation a request is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,8 +8,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use vm_memory::VolatileSlice;
 
+use super::closing::Closer;
 use super::dirs::KEPT_AHEAD;
-use super::handle::HandleTable;
+use super::handle::{Handle, HandleTable};
 use super::inode::{Found, Key, Node, NodeTable};
 use super::limits::{self, Budget, Permit};
 use super::message::{Answer, Reply, Request};
@@ -42,7 +43,11 @@ pub struct FileServer {
     pub(super) next_share: AtomicU64,
     /// The guest shows each share as a file system of its own (FUSE_SUBMOUNTS).
     pub(super) submounts: AtomicBool,
+    closer: Closer<Left>,
 }
+
+/// What a guest knew and had open.
+type Left = (HashMap<u64, Handle>, Vec<Arc<Node>>);
 
 impl FileServer {
     /// Raises this process's limit of open files (each inode the guest knows costs one), makes its
@@ -63,6 +68,7 @@ impl FileServer {
             shares: RwLock::default(),
             next_share: AtomicU64::new(1),
             submounts: AtomicBool::new(false),
+            closer: Closer::new(),
         })
     }
 
@@ -272,16 +278,12 @@ impl FileServer {
     }
 
     /// The guest's driver is gone, without a word of its file system's. Never waits for the host: what
-    /// was open is closed on a thread of its own.
+    /// was open is closed elsewhere.
     pub fn reset(&self) {
         let gone = (self.handles.take_all(), self.nodes.take_all());
-        if gone.0.is_empty() && gone.1.is_empty() {
-            return;
+        if !gone.0.is_empty() || !gone.1.is_empty() {
+            self.closer.close(gone);
         }
-        // Where there can be no thread, the closure is dropped right here.
-        let _ = std::thread::Builder::new()
-            .name("fs-close".to_owned())
-            .spawn(move || drop(gone));
     }
 
     /// The root of the share of that name.

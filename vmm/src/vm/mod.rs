@@ -14,6 +14,7 @@ mod cpuid;
 pub mod ending;
 pub mod kernel;
 mod mp_table;
+mod msr;
 mod plain;
 mod registers;
 mod restore;
@@ -341,6 +342,7 @@ fn open(fd: OwnedFd) -> Result<Kvm, BuildError> {
         (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
         (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
         (Cap::Xsave2, "KVM_CAP_XSAVE2"),
+        (Cap::X86MsrFilter, "KVM_CAP_X86_MSR_FILTER"),
     ] {
         if !kvm.check_extension(cap) {
             return Err(BuildError::Lacks(name));
@@ -381,6 +383,9 @@ fn load(
 
 fn create_vm(kvm: &Kvm, ram: &GuestRam) -> Result<VmFd, KvmError> {
     let vm = kvm.create_vm().map_err(KvmError::of("KVM_CREATE_VM"))?;
+    // First of all: later it would wait for everybody who looks at memory.
+    msr::without_counters(&vm)?;
+    msr::restrict(&vm)?;
     for (slot, region) in (0..).zip(ram.iter()) {
         let host = region
             .get_host_address(MemoryRegionAddress(0))

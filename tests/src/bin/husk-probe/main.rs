@@ -6,6 +6,8 @@
 //! * `husk-probe lock FILE`: says "locked" and holds the lock until the end of its input, or says "held".
 //! * `husk-probe reread`: prints again, from its beginning, the file that its input is.
 //! * `husk-probe clock`: for each line of its input, says what time it is (nanoseconds since the epoch).
+//! * `husk-probe cpuid`: prints the CPUID leaves of all ranges, whether there or not: function,
+//!   index, eax, ebx, ecx, edx, in hexadecimal.
 //! * `husk-probe streams`: tries to reach the agent's port for streams from inside its guest, and says what
 //!   comes of it.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
@@ -14,6 +16,7 @@
 mod guest;
 
 use std::{
+    arch::x86_64::__cpuid_count,
     collections::BTreeMap,
     env,
     ffi::OsStr,
@@ -81,9 +84,10 @@ fn run() -> Result<()> {
         [verb, file] if verb == "lock" => lock(Path::new(file)),
         [verb] if verb == "reread" => reread(),
         [verb] if verb == "clock" => clock(),
+        [verb] if verb == "cpuid" => cpuid(),
         [verb] if verb == "streams" => streams(),
         _ => bail!(
-            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | streams"
+            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams"
         ),
     }
 }
@@ -93,6 +97,21 @@ fn clock() -> Result<()> {
         line?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
         println!("{}", now.as_nanos());
+    }
+    Ok(())
+}
+
+fn cpuid() -> Result<()> {
+    for base in [0, 0x4000_0000, 0x8000_0000, 0xc000_0000] {
+        for function in base..base + 0x30 {
+            for index in 0..4 {
+                // SAFETY: every x86-64 processor has the instruction. (Newer compilers know.)
+                #[allow(unused_unsafe)]
+                let leaf = unsafe { __cpuid_count(function, index) };
+                let (eax, ebx, ecx, edx) = (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx);
+                println!("{function:x} {index:x} {eax:x} {ebx:x} {ecx:x} {edx:x}");
+            }
+        }
     }
     Ok(())
 }

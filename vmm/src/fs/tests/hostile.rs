@@ -343,6 +343,36 @@ fn a_guest_without_descriptors_goes_on_with_what_it_knows() {
     );
 }
 
+/// A guest's kernel forgets at once what it may not believe: so it comes by with what is left.
+#[test]
+fn when_little_is_left_names_are_good_for_one_use() {
+    let host = Host::new();
+    let client = host.client();
+    for name in ["before", "then"] {
+        fs::write(host.path(name), "").unwrap();
+    }
+    let day = client.lookup(host.root, "before").unwrap().entry_valid;
+    assert_eq!(day, 86_400);
+    let mut permits = Vec::new();
+    while host.server.budget.is_ample() {
+        permits.push(host.server.budget.take().unwrap());
+    }
+    let flags = libc::O_RDWR;
+    let made = client.create(host.root, "new", flags, (0o644, 0));
+    for entry in [
+        client.lookup(host.root, "before").unwrap(),
+        client.lookup(host.root, "then").unwrap(),
+        client.mkdir(host.root, "dir", 0o755, 0).unwrap(),
+        made.unwrap().0,
+    ] {
+        assert_eq!((entry.entry_valid, entry.entry_valid_nsec), (0, 0));
+        assert_ne!(entry.attr_valid, 0, "its attributes are as good as ever");
+    }
+    permits.clear();
+    let again = client.lookup(host.root, "then").unwrap();
+    assert_eq!(again.entry_valid, day);
+}
+
 /// No request may hold up the others, and a device that is stopped, for longer than it must.
 #[test]
 fn transfers_are_no_longer_than_agreed_on() {

@@ -10,6 +10,7 @@ mod directories;
 mod hostile;
 mod names;
 mod overlayfs;
+mod races;
 mod shares;
 mod xattributes;
 

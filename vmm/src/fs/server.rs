@@ -21,6 +21,7 @@ use super::wire::{
     self, AttrOut, EntryOut, InitOut, OpenOut, ROOT_ID, StatfsOut, StatxOut, opcode,
 };
 use super::{BadRequest, FsError, ShareError};
+use crate::jail::{self, Role};
 
 /// The largest WRITE and READ: 256 pages, the most the guest's kernel makes of one request. It
 /// makes less of it when the virtqueue is shorter than 260 entries.
@@ -279,9 +280,8 @@ impl FileServer {
             return;
         }
         // Where there can be no thread, the closure is dropped right here.
-        let _ = std::thread::Builder::new()
-            .name("fs-close".to_owned())
-            .spawn(move || drop(gone));
+        let thread = std::thread::Builder::new().name("fs-close".to_owned());
+        let _ = jail::spawn(thread, Role::Files, move || drop(gone));
     }
 
     /// The root of the share of that name.

@@ -81,9 +81,13 @@ pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 }
 
 /// Cuts a detached mount off from all propagation and gives it its attributes.
+///
+/// No device of it can be opened: to the guest its nodes are its own kernel's business, but a VMM that was
+/// taken over would have the host's devices of these numbers.
 pub fn seal(tree: impl AsFd, attributes: Attributes) -> io::Result<()> {
     let recursive = libc::AT_RECURSIVE as u32;
-    set_attributes(&tree, recursive, attributes.set_recursive, libc::MS_PRIVATE)?;
+    let all = attributes.set_recursive | libc::MOUNT_ATTR_NODEV;
+    set_attributes(&tree, recursive, all, libc::MS_PRIVATE)?;
     if attributes.set != 0 {
         set_attributes(&tree, 0, attributes.set, 0)?;
     }

@@ -422,6 +422,22 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::EROFS));
     }
 
+    /// Images may hold nodes with the numbers of the host's disks.
+    #[test]
+    fn no_device_of_a_share_can_be_opened() {
+        let top = tempfile::tempdir().unwrap();
+        let node = top.path().join("null");
+        let made = std::process::Command::new("mknod")
+            .arg(&node)
+            .args(["c", "1", "3"])
+            .status();
+        assert!(made.unwrap().success());
+        fs::read(&node).unwrap();
+        let tree = root(top.path(), &[]).unwrap();
+        let error = fs::read(format!("/proc/self/fd/{}/null", tree.as_raw_fd())).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+    }
+
     #[test]
     fn a_vanished_rootfs_is_named() {
         let gone = Path::new("/nowhere/rootfs");

@@ -27,7 +27,7 @@ const JAILBREAK: &str = "/usr/local/lib/husk-tests/husk-jailbreak";
 const PLACE: &str = "/var/tmp/husk-jail";
 
 /// What is tried, by whether it is refused without seccomp too; that is the jail's first line.
-const REFUSED: [&str; 43] = [
+const REFUSED: [&str; 44] = [
     "open-host-file",
     "make-host-file",
     "open-proc-sys",
@@ -38,6 +38,7 @@ const REFUSED: [&str; 43] = [
     "out-of-share",
     "out-of-share-by-link",
     "device-node",
+    "open-device",
     "file-handle",
     "socket-packet",
     "connect-tcp",
@@ -108,6 +109,10 @@ impl Outsider {
             fs::create_dir_all(Path::new(PLACE).join(directory)).expect("make the share");
         }
         symlink("/etc/passwd", format!("{PLACE}/share/link")).expect("make a link");
+        let mut node = Command::new("mknod");
+        node.arg(format!("{PLACE}/share/null"))
+            .args(["c", "1", "3"]);
+        command::run(&mut node, b"").ok();
         let name = SocketAddr::from_abstract_name(b"husk-jail").expect("a name");
         let sockets = (
             UnixListener::bind_addr(&name).expect("listen by name"),

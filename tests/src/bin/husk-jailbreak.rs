@@ -17,10 +17,12 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::net::UnixStream,
     },
+    path::Path,
     thread,
 };
 
 use anyhow::{Context, Result, bail};
+use husk_shim::mount;
 use husk_vmm::{
     fs::FileServer,
     jail::{self, Role},
@@ -94,11 +96,9 @@ fn answer(attempt: &str, outsider: usize, share: &OwnedFd) -> String {
 
 /// A directory as the shim hands it over.
 fn detached(path: &str) -> io::Result<OwnedFd> {
-    let path = std::ffi::CString::new(path)?;
-    let flags = libc::OPEN_TREE_CLONE as usize | libc::O_CLOEXEC as usize;
-    let fd = call(libc::SYS_open_tree, &[HERE, path.as_ptr() as usize, flags])?;
-    // SAFETY: the kernel just made it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let tree = mount::open_tree(Path::new(path), true)?;
+    mount::seal(&tree, mount::Attributes::default())?;
+    Ok(tree)
 }
 
 const HERE: usize = libc::AT_FDCWD as usize;
@@ -202,6 +202,7 @@ fn tries(attempt: &str, outsider: usize, share: usize) -> io::Result<c_long> {
             let name = c"device".as_ptr() as usize;
             call(libc::SYS_mknodat, &[share, name, mode, null])
         }
+        "open-device" => open_at(share, c"null", libc::O_RDWR),
         "file-handle" => file_handle(share),
         "file-flags" => {
             let mut flags: c_long = 0;

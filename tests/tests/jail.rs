@@ -187,6 +187,7 @@ fn is_refusal(answer: &str) -> bool {
         && [
             "unknown attempt",
             "Bad address",
+            "Bad file descriptor",
             "Invalid argument",
             "not implemented",
         ]

@@ -159,6 +159,8 @@ fn by_any_descriptor(paths: &[&CStr]) -> io::Result<c_long> {
         for path in paths {
             match open_at(fd, path, libc::O_RDONLY) {
                 Ok(found) => return Ok(found),
+                // There is no such descriptor.
+                Err(e) if e.raw_os_error() == Some(libc::EBADF) => {}
                 Err(e) => refused = e,
             }
         }
@@ -205,10 +207,11 @@ fn tries(attempt: &str, outsider: usize, share: usize) -> io::Result<c_long> {
         "open-device" => open_at(share, c"null", libc::O_RDWR),
         "file-handle" => file_handle(share),
         "file-flags" => {
+            let directory = open_at(share, c"a", libc::O_RDONLY)? as usize;
             let mut flags: c_long = 0;
             call(
                 libc::SYS_ioctl,
-                &[share, 0x8008_6601, &raw mut flags as usize],
+                &[directory, 0x8008_6601, &raw mut flags as usize],
             )
         }
 

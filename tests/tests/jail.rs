@@ -278,8 +278,8 @@ fn a_running_vmm_is_in_its_jail() {
         let (name, facts) = thread.split_once(": ").expect("a name and facts");
         let name = name.rsplit(' ').next().unwrap_or_default();
         assert!(facts.ends_with("; no new privileges"), "{thread}");
-        // The process's, the one without clone3, and but for the nursery the thread's own.
-        let filters = if name == "nursery" { 2 } else { 3 };
+        // The process's, and but for the nursery the thread's own.
+        let filters = if name == "nursery" { 1 } else { 2 };
         assert!(
             facts.starts_with(&format!("seccomp {filters} filters; ")),
             "{thread}"

@@ -81,8 +81,7 @@ impl Outside {
     pub fn enter(self) -> Result<(), JailError> {
         self.leave_host()?;
         ENTERED.store(true, Ordering::SeqCst);
-        seccomp::install(seccomp::process()?)?;
-        seccomp::install(seccomp::without_clone3()?)?;
+        seccomp::install(seccomp::process())?;
         threads::start_nursery()?;
         threads::confine(Role::Service)
     }

@@ -103,13 +103,11 @@ const THREAD: u32 = (libc::CLONE_VM
 /// Making threads, and what a new one does to confine itself.
 const NURSERY: &[Allowed] = &[
     Allowed(libc::SYS_clone, &[Is(0, THREAD)]),
-    // Its flags cannot be seen, so another filter refuses it and glibc falls back on clone.
+    // Its flags cannot be seen, so it is answered ENOSYS and glibc falls back on clone.
     any(libc::SYS_clone3),
     any(libc::SYS_landlock_create_ruleset),
     Allowed(libc::SYS_landlock_restrict_self, &[Is(1, 0)]),
     any(libc::SYS_capset),
-    // seccompiler sets it each time.
-    Allowed(libc::SYS_prctl, &[Is(0, libc::PR_SET_NO_NEW_PRIVS as u32)]),
     Allowed(
         libc::SYS_seccomp,
         &[Is(0, libc::SECCOMP_SET_MODE_FILTER), Is(1, 0)],

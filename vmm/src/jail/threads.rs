@@ -75,7 +75,7 @@ pub(super) fn confine(role: Role) -> Result<(), JailError> {
         user::drop_capabilities()?;
         landlock::leave_files()?;
     }
-    seccomp::install(seccomp::thread(role)?)
+    seccomp::install(seccomp::thread(role))
 }
 
 /// A thread that cannot be confined must not work.

@@ -4,7 +4,7 @@
 //! allowed kills the process (SIGSYS), and leaves a line in the kernel's log that names the call.
 //!
 //! A filter finds its call by halving, since the kernel tries each filter on every number there is when
-//! it is installed: by one comparison after the other, that took half a millisecond for each thread.
+//! it is installed: by one comparison after the other, that took a start 2.3 ms more.
 
 use std::{collections::BTreeMap, process};
 

@@ -378,7 +378,9 @@ fn file_handle(share: usize) -> io::Result<c_long> {
         empty,
     ];
     call(libc::SYS_name_to_handle_at, &args)?;
-    call(libc::SYS_open_by_handle_at, &[share, place, 0])
+    // The file system is named by an open file of it.
+    let open = open_at(share, c"a", libc::O_RDONLY)? as usize;
+    call(libc::SYS_open_by_handle_at, &[open, place, 0])
 }
 
 /// getpid by the 32 bit door: the numbers are others there, which a filter by number must not overlook.

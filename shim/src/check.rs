@@ -96,6 +96,12 @@ pub fn findings() -> Vec<Finding> {
         &fs::read_to_string("/sys/module/kvm/parameters/nx_huge_pages").unwrap_or_default(),
         &fs::read_to_string("/proc/self/mounts").unwrap_or_default(),
     ));
+    findings.push(user_namespaces(
+        &fs::read_to_string("/proc/sys/user/max_user_namespaces").unwrap_or_default(),
+    ));
+    findings.push(seccomp(
+        &fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default(),
+    ));
     match Config::load(Path::new(CONFIG), &Options::default()) {
         Ok(config) => {
             findings.push(Finding::good("configuration", CONFIG));
@@ -132,6 +138,39 @@ fn root(user: libc::uid_t) -> Finding {
             "user",
             format!("uid {user}, while containerd starts pods as root"),
             "run husk check as root",
+        ),
+    }
+}
+
+/// Each VMM lives in a user namespace of its own. `most` is how many there may be.
+fn user_namespaces(most: &str) -> Finding {
+    let subject = "user namespaces";
+    match most.trim() {
+        "" => Finding::bad(
+            subject,
+            "not in this kernel, and the VMM's jail needs one",
+            "boot a kernel with CONFIG_USER_NS",
+        ),
+        "0" => Finding::bad(
+            subject,
+            "the host allows none, and the VMM's jail needs one",
+            "sysctl user.max_user_namespaces=10000",
+        ),
+        most => Finding::good(subject, format!("up to {most}")),
+    }
+}
+
+fn seccomp(actions: &str) -> Finding {
+    let subject = "seccomp";
+    match actions
+        .split_whitespace()
+        .any(|action| action == "kill_process")
+    {
+        true => Finding::good(subject, "filters that kill"),
+        false => Finding::bad(
+            subject,
+            "not in this kernel, and the VMM's jail needs it",
+            "boot a kernel with CONFIG_SECCOMP_FILTER",
         ),
     }
 }
@@ -372,6 +411,20 @@ mod tests {
         assert!(look().contains("not what it should be"));
         fs::write(&path, b"\x7fELF\x02").unwrap();
         assert!(look().starts_with("ok "));
+    }
+
+    #[test]
+    fn what_the_jail_needs_is_looked_for() {
+        for (most, bad) in [("63000\n", false), ("0\n", true), ("", true)] {
+            assert_eq!(user_namespaces(most).is_bad(), bad, "{most}");
+        }
+        for (actions, bad) in [
+            ("kill_process errno allow\n", false),
+            ("kill", true),
+            ("", true),
+        ] {
+            assert_eq!(seccomp(actions).is_bad(), bad, "{actions}");
+        }
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub mod ending;
 pub mod events;
 pub mod fault;
 pub mod identity;
+pub mod inspect;
 pub mod launch;
 pub mod logger;
 pub mod machine;

@@ -283,6 +283,10 @@ pub fn reap(pidfd: &OwnedFd) -> Option<String> {
     let status = unsafe { info.si_status() };
     Some(match info.si_code {
         libc::CLD_EXITED => format!("exited with status {status}"),
+        // The kernel's log has a line that names the call.
+        _ if status == libc::SIGSYS => {
+            "was killed for a system call that its jail does not allow (SIGSYS)".to_owned()
+        }
         _ => format!("was killed by signal {status}"),
     })
 }

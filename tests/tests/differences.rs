@@ -214,3 +214,41 @@ fn mounts_made_on_the_host_later_are_not_seen() {
     assert!(seen(Runtime::Runc));
     assert!(!seen(Runtime::Husk));
 }
+
+/// The file server's capabilities count for inodes, and not for the host's devices.
+#[test]
+fn device_nodes_are_made_on_the_guests_own_file_systems_only() {
+    let script = "cd /dev && mknod own c 1 3 && echo made there; cd /var && mkfifo pipe && echo a FIFO here; \
+                  mknod node c 1 3 && echo made here";
+    let made = |runtime| Run::husk(&["sh", "-c", script]).runtime(runtime).go();
+    let (runc, husk) = (made(Runtime::Runc), made(Runtime::Husk));
+    assert_eq!(
+        runc.out(),
+        "made there\na FIFO here\nmade here\n",
+        "{runc:?}"
+    );
+    assert_eq!(husk.out(), "made there\na FIFO here\n", "{husk:?}");
+    assert!(husk.err().contains("Operation not permitted"), "{husk:?}");
+}
+
+/// They ask for a capability in the host's own user namespace, where husk-vmm is not.
+#[test]
+fn trusted_attributes_cannot_be_set() {
+    let plant = |runtime| {
+        let volume = Volume::new();
+        Run::husk(&["/probe", "plant", "/data/t", "1"])
+            .runtime(runtime)
+            .flags(&[
+                "--privileged",
+                "--mount",
+                PROBE_MOUNT,
+                "--mount",
+                &volume.mount(),
+            ])
+            .go()
+            .ok()
+    };
+    let refused = "set trusted.husk: Operation not permitted";
+    assert!(!plant(Runtime::Runc).contains(refused));
+    assert!(plant(Runtime::Husk).contains(refused));
+}

@@ -3,7 +3,7 @@
 //! A process serves one machine, in this order:
 //!
 //! ```text
-//! sandbox   leaves everything behind that could name a host path        (once, before any thread)
+//! jail      leaves everything behind that the machine does not need     (once, before any thread)
 //! service   the machine contract on fd 3: Boot, Share, Connect, Wait …  (main thread, tokio)
 //!   vm      builds the VM and runs its vCPUs                            (a thread per vCPU)
 //!     pci     what the guest's configuration and MMIO accesses reach    (on the vCPUs' threads)
@@ -18,10 +18,10 @@
 pub mod descriptors;
 pub mod devices;
 pub mod fs;
+pub mod jail;
 pub mod log;
 pub mod memory;
 pub mod pci;
-pub mod sandbox;
 pub mod service;
 pub mod state;
 pub mod virtio;

@@ -10,7 +10,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use husk_vmm::{fs::FileServer, log, sandbox, service};
+use husk_vmm::{fs::FileServer, jail, log, service};
 
 fn main() -> ExitCode {
     let debug = std::env::args().any(|argument| argument == "debug");
@@ -28,9 +28,9 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    sandbox::close_inherited()?;
+    let outside = jail::prepare()?;
     // The last thing taken from the host by path.
     let files = FileServer::new().context("prepare the file server")?;
-    sandbox::enter()?;
+    outside.enter()?;
     service::serve(files).context("serve the machine")
 }

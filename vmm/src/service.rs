@@ -14,6 +14,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
+    thread,
 };
 
 use async_trait::async_trait;
@@ -32,7 +33,7 @@ use husk_proto::{
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
-    sync::Notify,
+    sync::{Notify, oneshot},
 };
 use ttrpc::{
     Code,
@@ -43,6 +44,7 @@ use ttrpc::{
 use crate::{
     descriptors::{DescriptorError, Descriptors},
     fs::{FileServer, ShareError},
+    jail::{self, Role},
     memory::image::Later,
     vm::{BuildError, Config, RestoreConfig, SaveError, Vm, ending::Cause},
 };
@@ -131,6 +133,9 @@ impl MachineService {
 
     /// Takes charge of a machine that runs.
     fn keep(&self, vm: Vm) {
+        if let Err(e) = jail::limit_memory(vm.memory_bytes()) {
+            log::error!("{e}");
+        }
         let vm = self.vm.get_or_init(|| Arc::new(vm));
         tokio::spawn(stop_at_end(Arc::clone(vm)));
     }
@@ -297,8 +302,14 @@ impl Machine for MachineService {
         self.vm()?;
         // Closes files, which can take the host its time (NFS).
         let files = Arc::clone(&self.files);
-        tokio::task::spawn_blocking(move || files.unshare(&request.name))
-            .await
+        let (tell, told) = oneshot::channel();
+        let thread = thread::Builder::new().name("fs-unshare".to_owned());
+        jail::spawn(thread, Role::Files, move || {
+            // Whoever asked may be gone.
+            let _ = tell.send(files.unshare(&request.name));
+        })
+        .map_err(|e| status(Code::INTERNAL, e))?;
+        told.await
             .map_err(|e| status(Code::INTERNAL, e))?
             .map_err(|e| share_status(&e))?;
         Ok(UnshareResponse::new())

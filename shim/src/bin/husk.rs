@@ -1,4 +1,4 @@
-//! `husk`, the command for people. It looks at the host, and sees to the templates that pods start from.
+//! `husk`, the command for people. It looks at the host and its pods, and sees to the templates that pods start from.
 
 use std::{
     env,
@@ -7,7 +7,7 @@ use std::{
 };
 
 use husk_shim::{
-    VERSION, check,
+    VERSION, check, inspect,
     templates::command::{self, CommandError},
 };
 
@@ -16,6 +16,7 @@ husk runs containers in microVMs, through containerd (runtime io.containerd.husk
 
 usage:
   husk check       say what this host lacks to run pods; exit status 0 if nothing
+  husk inspect POD show the jail that a pod's VMM is in
   husk template    build, show and remove what pods start from; husk template --help says more
   husk --version
   husk help
@@ -26,6 +27,8 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args.as_slice() {
         ["check"] => check_host(),
+        ["inspect", pod] => inspect_pod(pod),
+        ["inspect"] => usage("inspect needs a pod"),
         ["template", rest @ ..] => template(rest),
         ["--version" | "-V" | "version"] => {
             println!("husk {VERSION}");
@@ -49,6 +52,20 @@ fn check_host() -> ExitCode {
     match findings.iter().any(check::Finding::is_bad) {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
+    }
+}
+
+fn inspect_pod(pod: &str) -> ExitCode {
+    match inspect::inspect(pod) {
+        Ok(text) => {
+            // Whoever closes the pipe has seen enough.
+            let _ = io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(e) => {
+            eprintln!("husk inspect: {e}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     fs::{self, FileServer},
+    jail::{self, Role},
     memory::GuestRam,
     state::{self, StateError},
     virtio::{
@@ -173,15 +174,14 @@ impl Worker {
             stopping: Arc::clone(&stopping),
         };
         let (end, ended) = mpsc::sync_channel(1);
-        thread::Builder::new()
-            .name(format!("fs-{name}"))
-            .spawn(move || {
-                if let Err(e) = serving.run() {
-                    ending.report(Cause::DeviceError, e);
-                }
-                // Nobody waits for it any more where it took too long.
-                let _ = end.send(serving.queue);
-            })?;
+        let thread = thread::Builder::new().name(format!("fs-{name}"));
+        jail::spawn(thread, Role::Files, move || {
+            if let Err(e) = serving.run() {
+                ending.report(Cause::DeviceError, e);
+            }
+            // Nobody waits for it any more where it took too long.
+            let _ = end.send(serving.queue);
+        })?;
         Ok(Self {
             name,
             stopping,

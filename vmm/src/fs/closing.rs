@@ -7,6 +7,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use crate::jail::{self, Role};
+
 /// Things to be dropped, and the thread that does it while there are any.
 pub(super) struct Closer<T>(Arc<Mutex<Pile<T>>>);
 
@@ -34,9 +36,8 @@ impl<T: Send + 'static> Closer<T> {
         pile.at_work = true;
         drop(pile);
         let shared = Arc::clone(&self.0);
-        let started = thread::Builder::new()
-            .name("fs-close".to_owned())
-            .spawn(move || work(&shared));
+        let thread = thread::Builder::new().name("fs-close".to_owned());
+        let started = jail::spawn(thread, Role::Files, move || work(&shared));
         if started.is_err() {
             work(&self.0);
         }

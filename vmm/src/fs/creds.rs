@@ -43,7 +43,7 @@ thread_local! {
 
 /// Prepares the calling thread to serve requests; every thread that calls
 /// [`FileServer::handle`](super::FileServer::handle) does this once, after it entered its last
-/// user namespace (which resets what is set here) and before CAP_SETPCAP is dropped.
+/// user namespace, which resets what is set here. Without CAP_SETPCAP, NO_SETUID_FIXUP is set already.
 ///
 /// The thread gets a working directory and a umask of its own; its umask becomes 0.
 ///
@@ -65,8 +65,9 @@ pub fn worker_init() -> Result<(), FsError> {
         if bits < 0 {
             return Err(failed("read the thread's securebits"));
         }
-        let bits = bits as libc::c_ulong | NO_SETUID_FIXUP;
-        if libc::prctl(libc::PR_SET_SECUREBITS, bits) != 0 {
+        let bits = bits as libc::c_ulong;
+        let set = bits | NO_SETUID_FIXUP;
+        if bits != set && libc::prctl(libc::PR_SET_SECUREBITS, set) != 0 {
             return Err(failed("set SECBIT_NO_SETUID_FIXUP (CAP_SETPCAP)"));
         }
     }

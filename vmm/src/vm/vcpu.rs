@@ -30,7 +30,10 @@ use super::{
     bus::GuestBus,
     ending::{Cause, Ending},
 };
-use crate::devices;
+use crate::{
+    devices,
+    jail::{self, Role},
+};
 
 /// How long vCPUs may take to notice the gate. They only ever hold out in a device's code, or wait for
 /// the one that does: longest where the guest resets a device whose thread waits for the host. The client
@@ -135,11 +138,13 @@ impl Vcpus {
             let shared = Arc::clone(&started.shared);
             let thread = thread::Builder::new()
                 .name(format!("vcpu{}", vcpu.index))
-                .stack_size(256 << 10)
-                .spawn(move || vcpu.live(&shared))
-                .map_err(|cause| KvmError {
-                    call: "start a vCPU thread",
-                    cause,
+                .stack_size(256 << 10);
+            let thread =
+                jail::spawn(thread, Role::Vcpu, move || vcpu.live(&shared)).map_err(|cause| {
+                    KvmError {
+                        call: "start a vCPU thread",
+                        cause,
+                    }
                 });
             match thread {
                 Ok(thread) => started.threads.push(thread),

@@ -122,6 +122,10 @@ impl Stage {
         for (name, to) in [
             ("husk-bench", "husk-bench"),
             ("husk-probe", "root/usr/local/lib/husk-tests/husk-probe"),
+            (
+                "husk-jailbreak",
+                "root/usr/local/lib/husk-tests/husk-jailbreak",
+            ),
         ] {
             if beside.join(name).exists() {
                 self.copy(&beside.join(name), Path::new(to))?;

@@ -37,6 +37,7 @@ use self::{
     packet::{HEADER_SIZE, Header},
 };
 use crate::{
+    jail::{self, Role},
     memory::GuestRam,
     state::{self, StateError},
     virtio::{
@@ -193,15 +194,14 @@ impl VirtioDevice for Vsock {
         let ending = self.ending.clone();
         // Handed over once there is a thread: one that cannot be started must not take it along.
         let (hand_over, handed_over) = mpsc::channel::<Thread>();
-        let thread = thread::Builder::new()
-            .name(NAME.to_string())
-            .spawn(move || {
-                let mut owned = handed_over.recv().ok()?;
-                if let Err(e) = owned.run() {
-                    ending.report(Cause::DeviceError, e);
-                }
-                Some(owned)
-            });
+        let thread = thread::Builder::new().name(NAME.to_string());
+        let thread = jail::spawn(thread, Role::Vsock, move || {
+            let mut owned = handed_over.recv().ok()?;
+            if let Err(e) = owned.run() {
+                ending.report(Cause::DeviceError, e);
+            }
+            Some(owned)
+        });
         match thread {
             Ok(thread) => {
                 // It waits for it.

@@ -148,7 +148,6 @@ async fn restore(
         memory: template.memory.as_fd(),
         state: template.state.as_fd(),
         pages: template.pages.as_ref().map(AsFd::as_fd),
-        page_by_page: false,
         agent: agent.as_fd(),
         memory_bytes: setup.config.memory_mib << 20,
         vcpus: setup.config.vcpus,

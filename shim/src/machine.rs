@@ -62,8 +62,6 @@ pub struct SavedImage<'a> {
     pub memory: BorrowedFd<'a>,
     pub state: BorrowedFd<'a>,
     pub pages: Option<BorrowedFd<'a>>,
-    /// Pages are to be mapped one by one, so that [`crate::templates`] can tell which are touched.
-    pub page_by_page: bool,
     /// Joined to the agent's connection.
     pub agent: BorrowedFd<'a>,
     /// What it is to have; 0: as saved.
@@ -170,7 +168,6 @@ impl Machine {
             },
             memory_bytes: image.memory_bytes,
             vcpus: image.vcpus,
-            page_by_page: image.page_by_page,
             ..api::RestoreRequest::default()
         })
     }

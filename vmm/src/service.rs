@@ -219,7 +219,6 @@ impl Machine for MachineService {
             state: state?,
             agent: agent?.into(),
             pages: pages.transpose()?,
-            page_by_page: request.page_by_page,
             memory_bytes: request.memory_bytes,
             vcpus: request.vcpus,
         };

@@ -218,7 +218,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Restores what was saved, and notes the pages that it touched to answer and to start a container.
+    /// Restores what was saved, and notes the pages that it wrote to answer and to start a container.
     async fn test(&self, vm: &Arc<Vm>, agent: OwnedFd) -> Result<(), Fault> {
         let file = |name| {
             self.draft
@@ -231,7 +231,6 @@ impl Builder<'_> {
             memory: memory.as_fd(),
             state: state.as_fd(),
             pages: None,
-            page_by_page: true,
             agent: agent.as_fd(),
             memory_bytes: 0,
             vcpus: 0,
@@ -242,14 +241,14 @@ impl Builder<'_> {
         vm.booting();
         let _events = vm.bring_up(self.config.agent_timeout, Arc::default(), None);
         vm.ready().await?;
-        let touched = || {
+        let written = || {
             let found = memory.metadata()?;
-            pages::touched(vm.pid, &Stamp::from(&found))
+            pages::written(vm.pid, &Stamp::from(&found))
         };
-        let early = touched();
+        let early = written();
         self.prepare(vm, true).await?;
         vm.machine.pause().await?;
-        match (early, touched()) {
+        match (early, written()) {
             (Ok(_), Ok(all)) if all.is_empty() => Ok(()),
             (Ok(early), Ok(all)) => {
                 let mut file = file_of_pages(self.draft)?;
@@ -258,7 +257,7 @@ impl Builder<'_> {
             }
             // Clones go without.
             (Err(e), _) | (_, Err(e)) => {
-                log::debug!("the pages that a start touches: {e}");
+                log::debug!("the pages that a start writes: {e}");
                 Ok(())
             }
         }

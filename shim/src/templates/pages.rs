@@ -1,10 +1,10 @@
-//! Which pages of guest memory a start touches: what a clone's VMM has mapped once its agent has
-//! answered, and once it has started a container, read from `/proc/<pid>/maps` and `pagemap`. Written down
-//! beside the memory, so that the VMM of every later clone maps them at once instead of fault by fault
-//! (machine.proto, `pages_fd`). The clone whose pages are looked at maps them one by one (`page_by_page`).
+//! Which pages of guest memory a start writes: what a clone's VMM has copied once its agent has
+//! answered and started a container, read from `/proc/<pid>/maps` and `pagemap`. Written down beside the
+//! memory, so that the VMM of every later clone maps them at once instead of fault by fault
+//! (machine.proto, `pages_fd`). Pages that are only read are left to faults: the kernel maps sixteen for
+//! each one that was asked for, so page tables do not tell which they are.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File},
     io,
     os::unix::fs::FileExt,
@@ -18,14 +18,26 @@ const ENTRY: u64 = 8;
 /// The page is present; it is a page of the file, as nobody has written to it.
 const PRESENT: u64 = 1 << 63;
 const OF_FILE: u64 = 1 << 61;
-/// In a run's length: its pages will be written; they will be touched before the agent answers.
+/// In a run's length: its pages will be written, and so before the agent has answered.
 const WRITTEN: u64 = 1;
 const EARLY: u64 = 2;
 /// Entries that are read at a time.
 const CHUNK: u64 = 1024;
 
-/// Pages by their offset in the memory file, bytes; and whether they were written to.
-pub(super) type Pages = BTreeMap<u64, bool>;
+/// Pages that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    /// In the memory file, bytes.
+    pub(super) offset: u64,
+    /// Bytes.
+    pub(super) length: u64,
+}
+
+impl Run {
+    fn end(&self) -> u64 {
+        self.offset + self.length
+    }
+}
 
 /// Where a part of guest memory is mapped.
 #[derive(Debug, PartialEq, Eq)]
@@ -36,11 +48,11 @@ struct Mapping {
     offset: u64,
 }
 
-/// What of the memory file the process `pid` has touched.
-pub(super) fn touched(pid: u32, memory: &Stamp) -> io::Result<Pages> {
+/// What of the memory file the process `pid` has mapped and written to, in the file's order.
+pub(super) fn written(pid: u32, memory: &Stamp) -> io::Result<Vec<Run>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
-    let mut pages = Pages::new();
+    let mut runs: Vec<Run> = Vec::new();
     for mapping in mappings(&maps, memory) {
         let mut at = mapping.start;
         while at < mapping.end {
@@ -49,15 +61,24 @@ pub(super) fn touched(pid: u32, memory: &Stamp) -> io::Result<Pages> {
             pagemap.read_exact_at(&mut entries, at / PAGE * ENTRY)?;
             for entry in entries.chunks_exact(ENTRY as usize) {
                 let entry = entry.try_into().map_or(0, u64::from_le_bytes);
-                if entry & PRESENT != 0 {
-                    let offset = mapping.offset + (at - mapping.start);
-                    pages.insert(offset, entry & OF_FILE == 0);
+                if entry & PRESENT != 0 && entry & OF_FILE == 0 {
+                    add(&mut runs, mapping.offset + (at - mapping.start));
                 }
                 at += PAGE;
             }
         }
     }
-    Ok(pages)
+    Ok(runs)
+}
+
+fn add(runs: &mut Vec<Run>, offset: u64) {
+    match runs.last_mut() {
+        Some(last) if last.end() == offset => last.length += PAGE,
+        _ => runs.push(Run {
+            offset,
+            length: PAGE,
+        }),
+    }
 }
 
 /// Where guest memory is, in the file's order: private mappings of the file, and anonymous ones that
@@ -107,28 +128,31 @@ fn mapping(line: &str, inode: u64) -> Option<(u64, u64, Option<u64>)> {
     }
 }
 
-/// As machine.proto has it: 16 bytes per run, offset and length, little-endian. First those of `all` that are
-/// in `early` too, which the agent has touched before it answered.
-pub(super) fn encode(early: &Pages, all: &Pages) -> Vec<u8> {
-    let mut runs: Vec<(u64, u64, u64)> = Vec::new();
-    for first in [true, false] {
-        let of_turn = all
-            .iter()
-            .filter(|(offset, _)| early.contains_key(offset) == first);
-        for (&offset, &written) in of_turn {
-            let flags = if written { WRITTEN } else { 0 } | if first { EARLY } else { 0 };
-            match runs.last_mut() {
-                Some((start, length, theirs)) if (*start + *length, *theirs) == (offset, flags) => {
-                    *length += PAGE;
-                }
-                _ => runs.push((offset, PAGE, flags)),
+/// As machine.proto has it, of all runs and those of them that were there when the agent had answered: 16
+/// bytes per run, offset and length, little-endian.
+pub(super) fn encode(early: &[Run], all: &[Run]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity((early.len() + all.len()) * 16);
+    let mut add = |offset: u64, end: u64, flags: u64| {
+        bytes.extend(offset.to_le_bytes());
+        bytes.extend(((end - offset) | flags).to_le_bytes());
+    };
+    for run in early {
+        add(run.offset, run.end(), WRITTEN | EARLY);
+    }
+    let mut early = early.iter().peekable();
+    for run in all {
+        let mut at = run.offset;
+        while let Some(there) = early.next_if(|there| there.offset < run.end()) {
+            if at < there.offset {
+                add(at, there.offset, WRITTEN);
             }
+            at = at.max(there.end());
+        }
+        if at < run.end() {
+            add(at, run.end(), WRITTEN);
         }
     }
-    runs.iter()
-        .flat_map(|(offset, length, flags)| [*offset, length | flags])
-        .flat_map(u64::to_le_bytes)
-        .collect()
+    bytes
 }
 
 #[cfg(test)]
@@ -166,27 +190,33 @@ mod tests {
             at.add(100 * page).read_volatile();
         }
         let stamp = Stamp::from(&file.metadata().unwrap());
-        let pages = touched(std::process::id(), &stamp).unwrap();
-        let written: Vec<_> = pages.iter().filter(|(_, written)| **written).collect();
-        let written = written.into_iter().map(|(offset, _)| offset / PAGE);
-        assert_eq!(written.collect::<Vec<_>>(), [3, 4, 200]);
-        assert_eq!(pages.get(&(100 * PAGE)), Some(&false));
+        let runs = written(std::process::id(), &stamp).unwrap();
+        let run = |first: u64, count: u64| Run {
+            offset: first * PAGE,
+            length: count * PAGE,
+        };
+        assert_eq!(runs, [run(3, 2), run(200, 1)]);
         // SAFETY: the mapping made above.
         unsafe { libc::munmap(at.cast(), length) };
     }
 
     #[test]
     fn runs_are_written_as_the_contract_has_it() {
-        let early = Pages::from([(0x1000, false), (0x4000, true), (0x5000, true)]);
-        let all = Pages::from([
-            (0x1000, true),
-            (0x3000, true),
-            (0x4000, true),
-            (0x5000, true),
-            (0x6000, true),
-            (0x7000, false),
-            (0x8000, false),
-        ]);
+        let run = |offset, length| Run { offset, length };
+        let mut expected = vec![0, 0x30, 0, 0, 0, 0, 0, 0];
+        expected.extend([1, 0x20, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(encode(&[], &[run(0x3000, 0x2000)]), expected);
+
+        let early = [
+            run(0x1000, 0x1000),
+            run(0x4000, 0x2000),
+            run(0x9000, 0x1000),
+        ];
+        let all = [
+            run(0x1000, 0x1000),
+            run(0x3000, 0x4000),
+            run(0x9000, 0x2000),
+        ];
         let words: Vec<u64> = encode(&early, &all)
             .chunks(8)
             .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
@@ -195,9 +225,10 @@ mod tests {
         let expected = [
             (0x1000, 0x1003),
             (0x4000, 0x2003),
+            (0x9000, 0x1003),
             (0x3000, 0x1001),
             (0x6000, 0x1001),
-            (0x7000, 0x2000),
+            (0xa000, 0x1001),
         ];
         assert_eq!(runs, expected);
     }

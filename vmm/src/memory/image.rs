@@ -279,69 +279,23 @@ pub fn prefetch(
         true => libc::MADV_POPULATE_WRITE,
         false => libc::MADV_POPULATE_READ,
     };
-    for part in parts(ram, run.span) {
-        part.advise(0, part.length, advice)?;
-        mapped(part.guest, part.length);
-    }
-    Ok(())
-}
-
-/// Has every page of `spans` mapped by itself when it is first touched, and none for lying near it: the
-/// host's page tables then tell which were. Takes a mapping (proc(5), maps) per page.
-///
-/// # Errors
-/// Those of madvise(2), as where there would be too many mappings.
-pub fn map_page_by_page(ram: &GuestRam, spans: &[Span]) -> io::Result<()> {
-    // Linux maps what surrounds a page from the page cache, within a mapping. An advice that says nothing of
-    // memory that is not read ahead keeps neighbours from being one mapping.
-    for span in spans {
-        for part in parts(ram, *span) {
-            for at in (0..part.length).step_by(2 * PAGE) {
-                part.advise(at, PAGE as u64, libc::MADV_RANDOM)?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Where a span of the memory file is.
-struct Part {
-    host: *mut u8,
-    /// Guest-physical address.
-    guest: u64,
-    /// Bytes.
-    length: u64,
-}
-
-fn parts(ram: &GuestRam, span: Span) -> impl Iterator<Item = Part> {
     let mut first = 0;
-    ram.iter().filter_map(move |region| {
+    for region in ram.iter() {
         let end = first + region.len();
-        let from = span.offset.max(first);
-        let to = span.offset.saturating_add(span.length).min(end);
-        let at = from - first;
-        first = end;
-        let host = region.get_host_address(MemoryRegionAddress(at)).ok()?;
-        (from < to).then(|| Part {
-            host,
-            guest: region.start_addr().0 + at,
-            length: to - from,
-        })
-    })
-}
-
-impl Part {
-    /// `advice`, which changes nothing in memory, for `length` bytes from `at` on.
-    fn advise(&self, at: u64, length: u64, advice: libc::c_int) -> io::Result<()> {
-        let at = at.min(self.length);
-        let length = length.min(self.length - at);
-        let start = self.host.wrapping_add(at as usize);
-        // SAFETY: the range lies within guest memory.
-        match unsafe { libc::madvise(start.cast(), length as usize, advice) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
+        let from = run.span.offset.max(first);
+        let to = run.span.offset.saturating_add(run.span.length).min(end);
+        let start = region.get_host_address(MemoryRegionAddress(from - first));
+        if let (true, Ok(start)) = (from < to, start) {
+            // SAFETY: the range lies within guest memory; populating changes nothing in it.
+            let result = unsafe { libc::madvise(start.cast(), (to - from) as usize, advice) };
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            mapped(region.start_addr().0 + (from - first), to - from);
         }
+        first = end;
     }
+    Ok(())
 }
 
 /// Pages that are to be mapped beside the running vCPUs, a few at a time.
@@ -477,32 +431,6 @@ mod tests {
             prefetch(&ram, run, |address, length| mapped.push((address, length))).unwrap();
         }
         assert_eq!(mapped, [(4096, 8192), (8192, 4096)]);
-    }
-
-    #[test]
-    fn page_by_page_only_what_is_touched_is_mapped() {
-        let ram = allocate(RAM_MIN).unwrap();
-        for page in 0..512 {
-            ram.write_obj(page + 1, GuestAddress(page << 12)).unwrap();
-        }
-        let file = memfd();
-        let spans = write(&ram, &file).unwrap();
-        let around = |apart: bool| {
-            let clone = map_image(RAM_MIN, &file, &spans, None).unwrap();
-            if apart {
-                map_page_by_page(&clone, &spans).unwrap();
-            }
-            assert_eq!(clone.read_obj::<u64>(GuestAddress(8 << 12)).unwrap(), 9);
-            let start = clone.get_host_address(GuestAddress(0)).unwrap();
-            let map = File::open("/proc/self/pagemap").unwrap();
-            let mut entries = [0; 16 * 8];
-            let at = start as u64 / 4096 * 8;
-            map.read_exact_at(&mut entries, at).unwrap();
-            let present = |entry: &&[u8]| entry[7] & 0x80 != 0;
-            entries.chunks(8).filter(present).count()
-        };
-        assert_eq!(around(true), 1);
-        assert!(around(false) > 1);
     }
 
     #[test]

@@ -54,8 +54,6 @@ pub enum MemoryError {
     ImageSize { got: u64, wanted: u64 },
     #[error("memory file: it does not hold the data that the state speaks of")]
     Span,
-    #[error("map guest memory page by page: {0}")]
-    PageByPage(#[source] io::Error),
     #[error("madvise({advice}) on guest memory: {cause}")]
     Advise {
         advice: libc::c_int,

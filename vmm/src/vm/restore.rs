@@ -28,7 +28,7 @@ use super::{
 use crate::{
     fs::FileServer,
     memory::{
-        self, MemoryError, Ungrowable,
+        self, Ungrowable,
         image::{self, Later, Prefetch},
     },
     state::{self, StateError},
@@ -57,8 +57,6 @@ pub struct RestoreConfig {
     pub agent: OwnedFd,
     /// Runs of memory to be mapped before they are asked for.
     pub pages: Option<File>,
-    /// Each page is to be mapped by itself.
-    pub page_by_page: bool,
     /// What it is to have, in bytes; 0: as saved.
     pub memory_bytes: u64,
     /// How many it is to have; 0: as saved.
@@ -167,10 +165,6 @@ impl Vm {
         let spans: Vec<image::Span> = saved.data.iter().map(Into::into).collect();
         let ram = image::map_image(saved.memory_bytes, &config.memory, &spans, added)
             .map_err(BuildError::from)?;
-        if config.page_by_page {
-            image::map_page_by_page(&ram, &spans)
-                .map_err(|e| BuildError::Memory(MemoryError::PageByPage(e)))?;
-        }
         let fd = Arc::new(create_vm(&kvm, &ram).map_err(BuildError::from)?);
         let mut vcpus: Vec<Vcpu> = Vec::new();
         for (index, cpuid) in (0..).zip(cpuids) {
@@ -304,7 +298,7 @@ fn vcpus(saved: &state::Machine, wanted: u32) -> Result<(u8, u8), RestoreError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::KvmError;
+    use crate::{memory::MemoryError, vm::KvmError};
 
     fn refused(errno: i32) -> KvmError {
         KvmError {

@@ -221,6 +221,12 @@ impl Connection {
         self.socket.leave();
     }
 
+    /// Bytes of the guest's that wait for the host.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
     pub(super) fn descriptor(&self) -> libc::c_int {
         self.socket.as_raw_fd()
     }

@@ -8,10 +8,13 @@
 //! * `husk-probe clock`: for each line of its input, says what time it is (nanoseconds since the epoch).
 //! * `husk-probe streams`: tries to reach the agent's port for streams from inside its guest, and says what
 //!   comes of it.
-//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
-//!   answers anybody.
+//! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
+//!   [`Steady`](husk_tests::steady::Steady).
+//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
+//!   as `hostile` has it, or never answers anybody.
 
 mod guest;
+mod hostile;
 
 use std::{
     collections::BTreeMap,
@@ -30,6 +33,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use husk_proto::{GUEST_CID, STREAM_PORT};
+use husk_tests::steady;
 use libc::VMADDR_CID_LOCAL;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
@@ -58,6 +62,14 @@ fn be_init() {
             let workers = workers.and_then(|count| count.parse().ok());
             panic!("{:?}", guest::serve(workers.unwrap_or(0)));
         }
+        Ok("hostile") => {
+            if let Err(error) = hostile::run() {
+                panic!("{error:#}");
+            }
+            loop {
+                std::thread::park();
+            }
+        }
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
         Ok("spin") => loop {
@@ -82,8 +94,10 @@ fn run() -> Result<()> {
         [verb] if verb == "reread" => reread(),
         [verb] if verb == "clock" => clock(),
         [verb] if verb == "streams" => streams(),
+        [verb, file] if verb == "steady" => steady::run(Path::new(file)),
         _ => bail!(
-            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | streams"
+            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | streams | \
+             steady FILE"
         ),
     }
 }

@@ -11,7 +11,7 @@ use husk_proto::{
     },
     agent_ttrpc::AgentClient,
 };
-use husk_shim::{fault::Fault, identity, stats, untrusted, vmm_log::VmmLog};
+use husk_shim::{fault::Fault, identity, ration::Rationed, stats, untrusted, vmm_log::VmmLog};
 use protobuf::Message;
 use tokio::{io::AsyncWriteExt, runtime, time::timeout};
 use ttrpc::{
@@ -114,7 +114,7 @@ fn agent(frames: &[Frame<'_>]) {
     let bytes: Vec<u8> = frames.iter().flat_map(Frame::bytes).collect();
     block_on(async {
         let (ours, theirs) = tokio::net::UnixStream::pair().expect("a socket pair");
-        let client = AgentClient::new(Client::new(Socket::new(ours)));
+        let client = AgentClient::new(Client::new(Socket::new(Rationed::new(ours))));
         let says = async {
             let mut theirs = theirs;
             // The shim may have hung up.

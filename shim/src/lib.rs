@@ -11,6 +11,7 @@
 //!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
 //!                                        booting
 //!           vm, vmm, machine, spawn      the husk-vmm process and the agent behind it
+//!           ration, untrusted            how much of what they say is listened to, and shown
 //!           spec, devices, shares, mount what of the host the guest gets to see
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
@@ -39,6 +40,7 @@ pub mod mount;
 pub mod options;
 pub mod pod;
 pub mod process;
+pub mod ration;
 pub mod ready;
 pub mod record;
 pub mod serve;

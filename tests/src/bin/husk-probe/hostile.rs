@@ -658,6 +658,8 @@ fn print(text: &str) {
     for byte in text.bytes() {
         out8(0x3f8, byte);
     }
+    // KVM collects what is printed until the guest wants an answer.
+    in8(0x3fd);
 }
 
 fn out8(port: u16, value: u8) {

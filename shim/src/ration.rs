@@ -17,18 +17,19 @@ use tokio::{
 };
 
 /// Bytes that may come at once: two of the longest messages (ttrpc's 4 MiB), which are longer than any that is due.
-const BURST: u64 = 8 << 20;
+const BURST: i64 = 8 << 20;
 /// Bytes per second after that.
-const RATE: u64 = 1 << 20;
+const RATE: i64 = 1 << 20;
 /// What a read costs at least, in bytes: a message takes two, and the work that it makes is no less for being short.
-const READ: u64 = 512;
+const READ: i64 = 512;
 /// How long nothing is read when all is spent.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// A stream that is read at a bounded rate.
 pub struct Rationed<S> {
     socket: S,
-    left: u64,
+    /// What may be read now; below 0 after a read of more, until that is earned.
+    left: i64,
     earned_at: Instant,
     pause: Option<Pin<Box<Sleep>>>,
 }
@@ -47,7 +48,7 @@ impl<S> Rationed<S> {
     /// Adds what was earned since the last time.
     fn earn(&mut self) {
         let passed = self.earned_at.elapsed();
-        let earned = u64::try_from(passed.as_micros()).unwrap_or(u64::MAX);
+        let earned = i64::try_from(passed.as_micros()).unwrap_or(i64::MAX);
         let earned = earned.saturating_mul(RATE) / 1_000_000;
         if earned > 0 {
             self.left = self.left.saturating_add(earned).min(BURST);
@@ -75,7 +76,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Rationed<S> {
         }
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(context, buffer))?;
-        let got = (buffer.filled().len() - before) as u64;
+        let got = buffer.filled().len().saturating_sub(before) as i64;
         self.left = self.left.saturating_sub(got.max(READ));
         Poll::Ready(Ok(()))
     }
@@ -102,7 +103,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Rationed<S> {
 #[cfg(test)]
 mod tests {
     use husk_proto::{
-        agent::{Event, EventsRequest, OutOfMemory, event},
+        agent::{Event, EventsRequest, OutOfMemory, StatsRequest, event},
         agent_ttrpc::AgentClient,
     };
     use protobuf::Message;
@@ -114,7 +115,7 @@ mod tests {
     use ttrpc::{
         r#async::{Client, transport::Socket},
         context,
-        proto::{MESSAGE_TYPE_DATA, MessageHeader},
+        proto::{MESSAGE_TYPE_DATA, MESSAGE_TYPE_RESPONSE, MessageHeader},
     };
 
     use super::*;
@@ -142,7 +143,7 @@ mod tests {
         let mut ours = Rationed::new(ours);
         let flood = async { while theirs.write_all(&[0; 4096]).await.is_ok() {} };
         let mut bytes = [0; 64];
-        let (mut reads, mut most) = (0_u64, Duration::ZERO);
+        let (mut reads, mut most) = (0_i64, Duration::ZERO);
         let read = async {
             loop {
                 let began = Instant::now();
@@ -154,7 +155,7 @@ mod tests {
         let both = async { tokio::join!(flood, read) };
         let began = Instant::now();
         assert!(timeout(FOR, both).await.is_err());
-        let passed = began.elapsed().as_millis() as u64;
+        let passed = began.elapsed().as_millis() as i64;
         let due = (BURST + RATE * (passed + 100) / 1000) / READ;
         assert!(
             reads > BURST / READ && reads <= due,
@@ -193,8 +194,35 @@ mod tests {
         });
         assert!(flooded.await.is_err());
         // A socket's buffer full, and what was read: two reads each.
-        let most = (BURST + 2 * RATE) / READ / 2 + (1 << 20) / frame.len() as u64;
-        assert!((sent as u64) < most, "{sent} events of {most}");
+        let most = (BURST + 2 * RATE) / READ / 2 + (1 << 20) / frame.len() as i64;
+        assert!((sent as i64) < most, "{sent} events of {most}");
         assert!(stream.recv().await.unwrap().is_some());
+    }
+
+    /// Half a frame and silence; one of 4 GiB that goes on and on; one for a stream that there is not.
+    #[tokio::test]
+    async fn an_answer_that_never_ends_ends_its_request() {
+        const LIMIT: Duration = Duration::from_millis(200);
+        let header = |length, stream_id| {
+            Vec::from(MessageHeader {
+                length,
+                stream_id,
+                type_: MESSAGE_TYPE_RESPONSE,
+                flags: 0,
+            })
+        };
+        let half = header(100, 1)[..5].to_vec();
+        let long = [header(u32::MAX, 1), vec![0; 100_000]].concat();
+        let stray = [header(3, 77), vec![0; 3]].concat();
+        for answer in [half, long, stray] {
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            let client = AgentClient::new(Client::new(Socket::new(Rationed::new(ours))));
+            theirs.write_all(&answer).await.unwrap();
+            let began = Instant::now();
+            let request = StatsRequest::new();
+            let answered = client.stats(context::with_duration(LIMIT), &request).await;
+            assert!(answered.is_err());
+            assert!(began.elapsed() < LIMIT * 20, "{:?}", began.elapsed());
+        }
     }
 }

@@ -555,7 +555,7 @@ mod tests {
     fn what_waits_for_the_host_never_outgrows_the_buffer() {
         let mut bytes = vec![7; BUFFER as usize + 1];
         for received in EDGES {
-            for length in [1, 4096, BUFFER / 3, BUFFER - 1, BUFFER, BUFFER + 1] {
+            for length in [64, 4096, BUFFER / 3, BUFFER - 1, BUFFER, BUFFER + 1] {
                 let saved = state::VsockConnection {
                     received,
                     forwarded_told: received,
@@ -568,7 +568,7 @@ mod tests {
                     buf_alloc: BUFFER,
                     ..Header::default()
                 };
-                for _ in 0..2000 {
+                for _ in 0..4 * BUFFER / length + 1000 {
                     let payload = VolatileSlice::from(&mut bytes[..length as usize]);
                     connection.take(&header, &[payload]);
                     assert!(connection.backlog.len() <= BUFFER as usize);

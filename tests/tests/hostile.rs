@@ -14,7 +14,7 @@ use husk_tests::{
     census::Census,
     command::PATIENCE,
     cpio,
-    ctr::{Container, PROBE_MOUNT, Runtime},
+    ctr::{Container, PROBE_MOUNT, Run, Runtime},
     machine::{self, HOSTILE_DONE, KERNEL, Machine, Process},
     steady::Steady,
 };
@@ -192,6 +192,8 @@ fn registers_of_all_kinds_end_in_a_reason_or_in_nothing() {
 /// with and without it.
 #[test]
 fn neighbours_do_not_notice() {
+    // The first of its kind may create directories that stay for good.
+    Run::husk(&["true"]).go().ok();
     let before = Census::take();
     let args = ["/probe", "steady", "/tmp/steady"];
     let flags = ["--null-io", "--mount", PROBE_MOUNT];
@@ -212,9 +214,7 @@ fn neighbours_do_not_notice() {
         ("loops", "vsock"),
         ("requests", "vsock"),
         ("requests", "fs"),
-        ("doorbells", "fs"),
         ("resets", "vsock"),
-        ("registers", "rng"),
         ("rings", "fs"),
     ];
     for (act, device) in acts {

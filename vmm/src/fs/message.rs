@@ -351,7 +351,7 @@ mod tests {
                 let mut bytes = whole.clone();
                 let (one, rest) = bytes.split_at_mut(first);
                 let (two, three) = rest.split_at_mut(second - first);
-                let slices = [one, two, three].map(|part| VolatileSlice::from(part));
+                let slices = [one, two, three].map(VolatileSlice::from);
                 let request = Request::read(&slices).unwrap();
                 assert_eq!((request.header.unique, &request.body), (9, &body));
                 assert!(Request::read(&slices[..2]).is_err() || second == whole.len());
@@ -362,7 +362,7 @@ mod tests {
             for room in first..=50 {
                 let mut bytes = vec![0xa5; room];
                 let (one, two) = bytes.split_at_mut(first);
-                let slices = [one, two].map(|part| VolatileSlice::from(part));
+                let slices = [one, two].map(VolatileSlice::from);
                 let Some(reply) = Reply::new(&slices) else {
                     assert!(room < OUT_HEADER);
                     continue;

@@ -13,7 +13,7 @@ LAB := CARGO=$(CARGO) $(TARGET)/x86_64-unknown-linux-gnu/debug/husk-lab
 
 # Two targets at once would both install packages; cargo and the kernel's build use all processors anyway.
 .NOTPARALLEL:
-.PHONY: all build binaries kernel initrd lab demo test test-long unit lint bench install clean husk-lab husk-bench
+.PHONY: all build binaries kernel initrd lab demo test test-long unit fuzz lint bench install clean husk-lab husk-bench
 
 all: build
 
@@ -72,6 +72,12 @@ test-long: build husk-lab
 	@deploy/prepare-host test
 	$(CARGO) test --locked --workspace --tests -- --ignored
 	$(LAB) test --ignored --limit 3600 --timeout 10800 $(TESTS)
+
+## fuzz: each fuzz target for a minute, or FUZZ_SECONDS (`make test` runs their corpora)
+FUZZ_SECONDS ?= 60
+fuzz:
+	@deploy/prepare-host fuzz
+	@deploy/fuzz --seconds $(FUZZ_SECONDS) $(FUZZ)
 
 ## bench: husk beside runc in virtual time, into target/bench/report.json
 bench: build husk-bench

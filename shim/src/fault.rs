@@ -46,6 +46,7 @@ impl Fault {
     /// is one of the contract's, the text is bounded.
     pub fn of_call(what: &str, error: ttrpc::Error) -> Self {
         let ttrpc::Error::RpcStatus(status) = error else {
+            let error = untrusted::message(&error.to_string());
             return Self::internal(format_args!("{what}: {error}"));
         };
         let code = match status.code() {

@@ -12,6 +12,7 @@
 //!                                        booting
 //!           vm, vmm, machine, spawn,     the husk-vmm process and the agent behind it
 //!           core_scheduling
+//!           ration, untrusted            how much of what they say is listened to, and shown
 //!           spec, devices, shares, mount what of the host the guest gets to see
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
@@ -42,6 +43,7 @@ pub mod mount;
 pub mod options;
 pub mod pod;
 pub mod process;
+pub mod ration;
 pub mod ready;
 pub mod record;
 pub mod serve;

@@ -25,7 +25,7 @@ use ttrpc::{
     context,
 };
 
-use crate::{config::Config, fault::Fault, ready, shares::Share, untrusted};
+use crate::{config::Config, fault::Fault, ration::Rationed, ready, shares::Share, untrusted};
 
 /// For any request that the VMM can answer by itself.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -97,7 +97,7 @@ impl Machine {
         let (ours, machine) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let (channel, descriptors) = seqpacket_pair()?;
-        let client = Client::new(Socket::from(UnixStream::from_std(ours)?));
+        let client = Client::new(Socket::new(Rationed::new(UnixStream::from_std(ours)?)));
         let this = Self {
             client: MachineClient::new(client),
             descriptors: ready::watch(channel, Interest::WRITABLE)?,

@@ -34,6 +34,7 @@ use crate::{
     fault::Fault,
     identity::{self, ClockSteps},
     machine::{Added, Machine},
+    ration::Rationed,
     timeline::Timeline,
     untrusted,
     vmm::Vmm,
@@ -154,7 +155,7 @@ impl Vm {
         let vm = Arc::new(Self {
             pid: vmm.pid,
             machine,
-            agent: AgentClient::new(Client::new(Socket::from(agent_socket))),
+            agent: AgentClient::new(Client::new(Socket::new(Rationed::new(agent_socket)))),
             cgroups: vmm.cgroups.clone(),
             images: format!(
                 "kernel {}, initrd {}",

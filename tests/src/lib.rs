@@ -8,6 +8,7 @@ pub mod cpio;
 pub mod ctr;
 pub mod machine;
 pub mod settings;
+pub mod steady;
 pub mod templates;
 pub mod terminal;
 pub mod wire;

@@ -48,6 +48,9 @@ pub const VMM: &str = "/usr/local/lib/husk/husk-vmm";
 pub const KERNEL: &str = "/usr/local/lib/husk/vmlinux";
 pub const INITRD: &str = "/usr/local/lib/husk/initrd.img";
 
+/// What a hostile guest says on its console when its act is over and the machine still there.
+pub const HOSTILE_DONE: &str = "hostile: done\n";
+
 /// A saved machine: two files without a name.
 pub struct Saved {
     pub memory: File,
@@ -208,6 +211,14 @@ impl Machine {
     /// # Errors
     /// When the program cannot be started.
     pub fn spawn() -> Result<Self> {
+        Self::spawn_with(Stdio::inherit())
+    }
+
+    /// The same, with another place for its log.
+    ///
+    /// # Errors
+    /// As [`Self::spawn`].
+    pub fn spawn_with(log: Stdio) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("make a socket pair")?;
         let (descriptors, their_descriptors) = socketpair(
             AddressFamily::UNIX,
@@ -227,7 +238,8 @@ impl Machine {
         command
             .env("FORGOTTEN", "by the parent")
             .stdin(Stdio::null())
-            .stdout(Stdio::null());
+            .stdout(Stdio::null())
+            .stderr(log);
         // SAFETY: only dup2 and fcntl, allowed between fork and exec; the numbers are the contract's,
         // and nothing in this child owns them.
         unsafe {

@@ -1,7 +1,7 @@
 //! The VMM's log: lines on standard error, which the shim keeps.
 //!
 //! Bounded: much of what is logged can be brought about by a guest, so lines are dropped when they
-//! come too fast, and the number of those is said later.
+//! come too fast, and the number of those is said later. What comes once in a machine's life is never dropped.
 
 use std::{
     io::Write,
@@ -14,6 +14,8 @@ use log::{LevelFilter, Log, Metadata, Record};
 /// Lines that may come at once, and the time it takes to earn another.
 const BURST: u32 = 64;
 const PER_LINE: Duration = Duration::from_secs(1);
+/// Target of records that come once and are written whatever came before.
+pub const ONCE: &str = "once";
 /// Bytes of the longest line.
 const LINE_MAX: usize = 1024;
 
@@ -46,7 +48,7 @@ impl Log for Bounded {
 
     fn log(&self, record: &Record<'_>) {
         let mut budget = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(dropped) = budget.spend(Instant::now()) else {
+        let Some(dropped) = budget.admit(record.target(), Instant::now()) else {
             return;
         };
         drop(budget);
@@ -66,6 +68,14 @@ impl Log for Bounded {
 }
 
 impl Budget {
+    /// As [`Self::spend`], for a record with this target.
+    fn admit(&mut self, target: &str, now: Instant) -> Option<u64> {
+        match target {
+            ONCE => Some(std::mem::take(&mut self.dropped)),
+            _ => self.spend(now),
+        }
+    }
+
     /// Pays for a line: the number of lines dropped since the last one, or none if it is dropped.
     fn spend(&mut self, now: Instant) -> Option<u64> {
         let earned = now.saturating_duration_since(self.earned_at).as_secs() / PER_LINE.as_secs();
@@ -106,5 +116,17 @@ mod tests {
         assert_eq!(budget.spend(later), Some(1000 - u64::from(BURST)));
         assert_eq!(budget.spend(later), Some(0));
         assert_eq!(budget.spend(later), None);
+    }
+
+    #[test]
+    fn the_end_is_said_behind_any_flood() {
+        let now = Instant::now();
+        let mut budget = Budget {
+            lines: 0,
+            dropped: 0,
+            earned_at: now,
+        };
+        assert_eq!(budget.admit("virtio_queue", now), None);
+        assert_eq!(budget.admit(ONCE, now), Some(1));
     }
 }

@@ -63,31 +63,45 @@ pub fn serve(files: FileServer) -> io::Result<()> {
             OwnedFd::from_raw_fd(DESCRIPTOR_FD),
         )
     };
-    machine.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
         .build()?;
     runtime.block_on(async {
-        let closed = Arc::new(Notify::new());
-        let connection = Connection {
-            stream: UnixStream::from_std(machine)?,
-            closed: Arc::clone(&closed),
-        };
-        let service = Arc::new(MachineService {
-            descriptors: Mutex::new(Descriptors::new(channel)),
-            files: Arc::new(files),
-            vm: OnceLock::new(),
-        });
-        let mut server = Server::new()
-            .add_listener(Listener::new(Once(Some(connection))))
-            .register_service(create_machine(service));
-        server.start().await.map_err(io::Error::other)?;
-        closed.notified().await;
+        serve_client(machine, channel, Arc::new(files)).await?;
         // The client is gone and with it every purpose of this process. Nothing is torn down: the
         // kernel does it faster, and there is nobody to wait for.
         std::process::exit(0)
     })
+}
+
+/// Serves a machine on `machine`, with descriptors from `channel`, until the client closes `machine`. To be called
+/// in a runtime.
+///
+/// # Errors
+/// The sockets cannot be watched.
+pub async fn serve_client(
+    machine: StdUnixStream,
+    channel: OwnedFd,
+    files: Arc<FileServer>,
+) -> io::Result<()> {
+    machine.set_nonblocking(true)?;
+    let closed = Arc::new(Notify::new());
+    let connection = Connection {
+        stream: UnixStream::from_std(machine)?,
+        closed: Arc::clone(&closed),
+    };
+    let service = Arc::new(MachineService {
+        descriptors: Mutex::new(Descriptors::new(channel)),
+        files,
+        vm: OnceLock::new(),
+    });
+    let mut server = Server::new()
+        .add_listener(Listener::new(Once(Some(connection))))
+        .register_service(create_machine(service));
+    server.start().await.map_err(io::Error::other)?;
+    closed.notified().await;
+    Ok(())
 }
 
 /// The service's state. The VM is set by Boot or Restore and stays, also after its end.

@@ -70,7 +70,11 @@ pub fn read(file: &File) -> Result<Machine, StateError> {
     decode(&bytes)
 }
 
-fn encode(machine: &Machine) -> io::Result<Vec<u8>> {
+/// The bytes of a state file.
+///
+/// # Errors
+/// Those of protobuf.
+pub fn encode(machine: &Machine) -> io::Result<Vec<u8>> {
     let body = machine.write_to_bytes().map_err(io::Error::other)?;
     let mut bytes = MAGIC.to_vec();
     bytes.extend(VERSION.to_le_bytes());
@@ -80,7 +84,11 @@ fn encode(machine: &Machine) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn decode(bytes: &[u8]) -> Result<Machine, StateError> {
+/// What [`encode`] made bytes of.
+///
+/// # Errors
+/// They are damaged, or of another husk.
+pub fn decode(bytes: &[u8]) -> Result<Machine, StateError> {
     let (magic, rest) = bytes.split_first_chunk().ok_or(StateError::Magic)?;
     if *magic != MAGIC {
         return Err(StateError::Magic);

@@ -33,7 +33,8 @@ pub struct Console {
 }
 
 impl Console {
-    pub(crate) fn read(&self, register: u16, data: &mut [u8]) {
+    /// Reads `register`, 0 to 7; every byte of `data` becomes its value.
+    pub fn read(&self, register: u16, data: &mut [u8]) {
         let value = match register {
             LSR => LSR_THR_EMPTY | LSR_TRANSMITTER_EMPTY,
             IIR => IIR_NO_INTERRUPT,
@@ -43,7 +44,8 @@ impl Console {
         data.fill(value);
     }
 
-    pub(crate) fn write(&mut self, register: u16, data: &[u8]) {
+    /// Writes `data` to `register`, 0 to 7.
+    pub fn write(&mut self, register: u16, data: &[u8]) {
         match register {
             // With DLAB set, the register is the baud rate's.
             THR if self.line_control & LCR_DLAB == 0 => self.print(data),

@@ -12,17 +12,17 @@ const PULSE_RESET: u8 = 0xfe;
 
 /// Port 0x64.
 pub struct ResetPort {
-    pub(crate) ending: Ending,
-    pub(crate) console: Arc<Mutex<Console>>,
+    pub ending: Ending,
+    pub console: Arc<Mutex<Console>>,
 }
 
 impl ResetPort {
-    pub(crate) fn read(&self, data: &mut [u8]) {
+    pub fn read(&self, data: &mut [u8]) {
         data.fill(0);
     }
 
     /// Ends the machine. A kernel that panicked before it had found pvpanic shows here too.
-    pub(crate) fn write(&self, data: &[u8]) {
+    pub fn write(&self, data: &[u8]) {
         if data != [PULSE_RESET] {
             return;
         }

@@ -17,6 +17,8 @@ const NAME: &str = "rng";
 const QUEUE: &str = "request";
 /// Bytes answered per request at most. A driver that wants more asks again.
 const ANSWER_MAX: usize = 256;
+/// Requests that the queue holds, and that one ring of the doorbell is answered.
+const REQUESTS: u16 = 16;
 
 #[derive(Default)]
 pub struct Rng {
@@ -29,7 +31,7 @@ impl VirtioDevice for Rng {
             name: NAME,
             id: ID_RNG,
             class: 0xff_0000,
-            queues: &[16],
+            queues: &[REQUESTS],
             features: 0,
             doorbells: false,
         }
@@ -50,7 +52,11 @@ impl VirtioDevice for Rng {
             queue: QUEUE,
             cause,
         };
-        while let Some(chain) = queue.pop_or_arm(ram).map_err(failed)? {
+        // Not until there are none: the bus is locked, and another vCPU could offer more for ever.
+        for _ in 0..REQUESTS {
+            let Some(chain) = queue.pop_or_arm(ram).map_err(failed)? else {
+                break;
+            };
             let mut random = [0; ANSWER_MAX];
             let wanted = total(&chain.writable).min(ANSWER_MAX);
             let random = random_bytes(&mut random, wanted)?;
@@ -59,6 +65,8 @@ impl VirtioDevice for Rng {
             let (head, written) = (chain.head(), random.len());
             queue.push(ram, head, written).map_err(failed)?;
         }
+        // What came meanwhile rings again.
+        queue.arm(ram).map_err(failed)?;
         queue.signal(ram).map_err(failed)
     }
 
@@ -86,7 +94,13 @@ fn random_bytes(buffer: &mut [u8; ANSWER_MAX], wanted: usize) -> Result<&[u8], D
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
     use super::*;
+    use crate::memory::{Bytes, GuestAddress};
     use crate::virtio::queue::testing::{BUFFERS, NEXT, WRITE, offer, queue, ram};
 
     #[test]
@@ -111,6 +125,35 @@ mod tests {
         assert_eq!(used.ring().ref_at(0).unwrap().load().len(), 64);
         assert_eq!(used.ring().ref_at(1).unwrap().load().len(), 256);
         assert_eq!(rng.stop().len(), 1);
+    }
+
+    /// Another vCPU offers more while these are answered.
+    #[test]
+    fn no_ring_is_answered_for_ever() {
+        let ram = ram();
+        let (driver, queue) = queue(&ram, 0);
+        // The same descriptor at every place of the queue.
+        offer(&driver, 0, &[(BUFFERS, 64, WRITE, 0)]);
+        let mut rng = Rng {
+            active: Some((ram.clone(), queue)),
+        };
+        let (offered, used) = (driver.avail_addr().0 + 2, driver.used_addr().0 + 2);
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
+                    let all = answered.wrapping_add(REQUESTS);
+                    ram.write_obj(all, GuestAddress(offered)).unwrap();
+                }
+            });
+            for _ in 0..100 {
+                rng.notify(0).unwrap();
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
+        assert!(answered <= 100 * REQUESTS, "{answered}");
     }
 
     #[test]

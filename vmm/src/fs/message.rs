@@ -330,3 +330,49 @@ impl Span<'_> {
         (done, None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request and the room for its reply, each cut at every two places.
+    #[test]
+    fn slices_mean_what_they_mean_together() {
+        let header = InHeader {
+            len: 60,
+            opcode: opcode::WRITE + 1000,
+            unique: 9,
+            ..Default::default()
+        };
+        let body: Vec<u8> = (0..20).collect();
+        let whole = [wire::as_bytes(&header), &body].concat();
+        for first in 0..=whole.len() {
+            for second in first..=whole.len() {
+                let mut bytes = whole.clone();
+                let (one, rest) = bytes.split_at_mut(first);
+                let (two, three) = rest.split_at_mut(second - first);
+                let slices = [one, two, three].map(VolatileSlice::from);
+                let request = Request::read(&slices).unwrap();
+                assert_eq!((request.header.unique, &request.body), (9, &body));
+                assert!(Request::read(&slices[..2]).is_err() || second == whole.len());
+            }
+        }
+        let answer: Vec<u8> = (0..30).collect();
+        for first in 0..=50 {
+            for room in first..=50 {
+                let mut bytes = vec![0xa5; room];
+                let (one, two) = bytes.split_at_mut(first);
+                let slices = [one, two].map(VolatileSlice::from);
+                let Some(reply) = Reply::new(&slices) else {
+                    assert!(room < OUT_HEADER);
+                    continue;
+                };
+                let length = reply.finish(9, Ok(Answer::Bytes(answer.clone())));
+                let fits = room >= OUT_HEADER + answer.len();
+                assert_eq!(length, OUT_HEADER + if fits { answer.len() } else { 0 });
+                assert!(bytes[length..].iter().all(|byte| *byte == 0xa5));
+                assert!(!fits || bytes[OUT_HEADER..length] == answer[..]);
+            }
+        }
+    }
+}

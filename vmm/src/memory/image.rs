@@ -399,6 +399,34 @@ mod tests {
         assert!(map_image(RAM_MIN, &directory, &[], None).is_err());
     }
 
+    /// Spans at every border: those within the file are taken, and no others.
+    #[test]
+    fn spans_are_within_the_file_or_refused() {
+        let file = memfd();
+        file.set_len(crate::memory::RAM_MIN).unwrap();
+        let bytes = crate::memory::RAM_MIN;
+        let ends = [
+            0,
+            1,
+            4096,
+            RAM_GRANULE,
+            bytes - RAM_GRANULE,
+            bytes - 1,
+            bytes,
+            bytes + RAM_GRANULE,
+        ];
+        let wrapping = [u64::MAX, u64::MAX - RAM_GRANULE + 1, 1 << 63];
+        for offset in ends.into_iter().chain(wrapping) {
+            for length in ends.into_iter().chain(wrapping) {
+                let fits = offset.checked_add(length).is_some_and(|end| end <= bytes)
+                    && offset % RAM_GRANULE == 0
+                    && length % RAM_GRANULE == 0;
+                let mapped = map_image(bytes, &file, &[Span { offset, length }], None);
+                assert_eq!(mapped.is_ok(), fits, "{offset:#x} {length:#x}");
+            }
+        }
+    }
+
     #[test]
     fn bad_runs_are_left_out_of_a_prefetch() {
         let file = memfd();

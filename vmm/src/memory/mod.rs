@@ -331,6 +331,34 @@ mod tests {
         assert!(addition(saved, all, u64::MAX).is_err());
     }
 
+    /// Of sizes of all magnitudes.
+    #[test]
+    fn regions_neither_meet_nor_miss_a_byte() {
+        for number in 0..20_000_u64 {
+            let granules = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (24 + number % 40);
+            let bytes = RAM_MIN + granules.min(1 << 40) * RAM_GRANULE;
+            let regions = layout(bytes).unwrap();
+            assert_eq!(regions.iter().map(|(_, length)| length).sum::<u64>(), bytes);
+            let (start, length) = regions[0];
+            assert!(start == 0 && length <= MMIO_START);
+            for (start, length) in &regions[1..] {
+                assert!(*start == HIGH_RAM && *length > 0);
+            }
+            let wanted = bytes + (number % 64) * ADDED_GRANULE;
+            let end = 1 << (36 + number % 20);
+            let Ok(Some((start, length))) = addition(bytes, wanted, end) else {
+                continue;
+            };
+            assert_eq!(length, wanted - bytes);
+            assert!(start >= HIGH_RAM && start % ADDED_GRANULE == 0 && start + length <= end);
+            assert!(
+                regions
+                    .iter()
+                    .all(|(first, length)| first + length <= start)
+            );
+        }
+    }
+
     #[test]
     fn odd_or_small_sizes_are_refused() {
         for bytes in [0, 62 << 20, (64 << 20) + 4096] {

@@ -309,6 +309,37 @@ mod tests {
         assert!(bus.place_bar(1 << 30).is_err());
     }
 
+    /// BARs of all sizes, and accesses around each of their borders.
+    #[test]
+    fn bars_neither_overlap_nor_reach_beyond_themselves() {
+        let mut bus = PciBus::default();
+        let mut bars = Vec::new();
+        for (number, shift) in (0..).zip([4, 14, 4, 12, 20, 14, 24, 4]) {
+            let bar = bus.place_bar(1 << shift).unwrap();
+            bus.add(Some(bar), Box::new(Echo(number << 4))).unwrap();
+            assert_eq!(bar.address % u64::from(bar.size), 0);
+            bars.push(bar);
+        }
+        let borders = bars
+            .iter()
+            .flat_map(|bar| [bar.address, bar.address + u64::from(bar.size)]);
+        for border in borders {
+            for address in border - 9..border + 9 {
+                for length in 1..=8_u64 {
+                    let whole = |bar: &Bar| {
+                        bar.address <= address
+                            && address + length <= bar.address + u64::from(bar.size)
+                    };
+                    let holders: Vec<_> = (0..).zip(&bars).filter(|(_, bar)| whole(bar)).collect();
+                    assert!(holders.len() <= 1);
+                    let found = bus.at(address, length as usize).map(|(offset, _)| offset);
+                    let wanted = holders.first().map(|(_, bar)| address - bar.address);
+                    assert_eq!(found, wanted, "{length} bytes at {address:#x}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn mmio_reaches_only_whole_accesses_within_a_bar() {
         let mut bus = bus();

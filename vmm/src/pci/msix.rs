@@ -254,6 +254,14 @@ mod tests {
         }
     }
 
+    impl Msix {
+        fn read_all(&self, table: &mut [u8]) {
+            for (offset, bytes) in (0..).step_by(8).zip(table.chunks_mut(8)) {
+                self.read_table(offset, bytes);
+            }
+        }
+    }
+
     fn msix() -> (Arc<Sent>, Msix) {
         let sent = Arc::new(Sent::default());
         let msix = Msix::new(2, Arc::clone(&sent) as Arc<dyn MessageSink>);
@@ -302,6 +310,31 @@ mod tests {
         assert_eq!(pending, [2]);
         assert!(sent.0.lock().unwrap().is_empty());
         assert!(after.restore(&[], ENABLE).is_err());
+    }
+
+    /// Every access of up to 8 bytes, against bytes of which only aligned words are written.
+    #[test]
+    fn a_table_is_bytes_of_which_the_reserved_ones_stay_zero() {
+        let (_, msix) = msix();
+        let mut model = [0; 2 * ENTRY];
+        msix.read_all(&mut model);
+        for offset in 0..3 * ENTRY {
+            for length in 1..=8 {
+                let value = (offset * 37 + length * 11) as u8 | 0xf0;
+                msix.write_table(offset as u64, &vec![value; length]);
+                let aligned = matches!(length, 4 | 8) && offset % length == 0;
+                if let Some(bytes) = model.get_mut(offset..offset + length).filter(|_| aligned) {
+                    bytes.fill(value);
+                    for entry in model.chunks_mut(ENTRY) {
+                        entry[12] &= VECTOR_CONTROL_MASKED as u8;
+                        entry[13..].fill(0);
+                    }
+                }
+                let mut table = [0; 2 * ENTRY];
+                msix.read_all(&mut table);
+                assert_eq!(table, model, "{length} bytes at {offset}");
+            }
+        }
     }
 
     #[test]

@@ -375,6 +375,43 @@ mod tests {
         assert!(matches!(queue.pop(&ram), Err(QueueError::LongChain)));
     }
 
+    /// Slices of all lengths up to 3, split everywhere.
+    #[test]
+    fn a_split_loses_no_byte_and_makes_none() {
+        let mut memory: Vec<u8> = (0..9).collect();
+        for lengths in (0..64).map(|n| [n & 3, n >> 2 & 3, n >> 4 & 3]) {
+            let mut rest = &mut memory[..];
+            let mut slices = Vec::new();
+            for length in lengths {
+                let (now, later) = rest.split_at_mut(length);
+                slices.push(VolatileSlice::from(now));
+                rest = later;
+            }
+            let bytes = |slices: &[VolatileSlice<'_>]| -> Vec<u8> {
+                let mut all = Vec::new();
+                for slice in slices {
+                    let mut copy = vec![0; slice.len()];
+                    slice.copy_to(&mut copy);
+                    all.extend(copy);
+                }
+                all
+            };
+            let whole = bytes(&slices);
+            for at in 0..=10 {
+                match split(&slices, at) {
+                    Ok((first, rest)) => {
+                        assert_eq!(
+                            (bytes(&first), bytes(&rest)),
+                            (whole[..at].to_vec(), whole[at..].to_vec())
+                        );
+                        assert!(first.iter().chain(&rest).all(|slice| !slice.is_empty()));
+                    }
+                    Err(_) => assert!(at > whole.len()),
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_header_may_lie_in_pieces() {
         let ram = ram();

@@ -13,6 +13,8 @@ use std::{
 
 use tokio::sync::watch;
 
+use crate::log::ONCE;
+
 /// What ended the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
@@ -63,7 +65,7 @@ impl Ending {
             if first {
                 let detail = detail.to_string();
                 let separator = if detail.is_empty() { "" } else { ": " };
-                log::info!("the guest ended, {cause:?}{separator}{detail}");
+                log::info!(target: ONCE, "the guest ended, {cause:?}{separator}{detail}");
                 *end = Some(End { cause, detail });
             }
             first

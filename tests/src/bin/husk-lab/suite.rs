@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Tests that have no pod that containerd starts, or that see to templates themselves.
-const WITHOUT_CLONES: [&str; 3] = ["machine", "save", "clones"];
+const WITHOUT_CLONES: [&str; 4] = ["machine", "save", "clones", "hostile"];
 /// How often a new lab is booted after one has died.
 const FRESH_LABS: u32 = 3;
 

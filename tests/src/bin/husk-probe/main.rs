@@ -10,10 +10,13 @@
 //!   index, eax, ebx, ecx, edx, in hexadecimal.
 //! * `husk-probe streams`: tries to reach the agent's port for streams from inside its guest, and says what
 //!   comes of it.
-//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, or never
-//!   answers anybody.
+//! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
+//!   [`Steady`](husk_tests::steady::Steady).
+//! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
+//!   as `hostile` has it, or never answers anybody.
 
 mod guest;
+mod hostile;
 
 use std::{
     arch::x86_64::__cpuid_count,
@@ -33,6 +36,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use husk_proto::{GUEST_CID, STREAM_PORT};
+use husk_tests::steady;
 use libc::VMADDR_CID_LOCAL;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
@@ -61,6 +65,14 @@ fn be_init() {
             let workers = workers.and_then(|count| count.parse().ok());
             panic!("{:?}", guest::serve(workers.unwrap_or(0)));
         }
+        Ok("hostile") => {
+            if let Err(error) = hostile::run() {
+                panic!("{error:#}");
+            }
+            loop {
+                std::thread::park();
+            }
+        }
         // The end of init is a kernel panic.
         Ok("exit") => std::process::exit(1),
         Ok("spin") => loop {
@@ -86,8 +98,10 @@ fn run() -> Result<()> {
         [verb] if verb == "clock" => clock(),
         [verb] if verb == "cpuid" => cpuid(),
         [verb] if verb == "streams" => streams(),
+        [verb, file] if verb == "steady" => steady::run(Path::new(file)),
         _ => bail!(
-            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams"
+            "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
+             steady FILE"
         ),
     }
 }

@@ -221,6 +221,12 @@ impl Connection {
         self.socket.leave();
     }
 
+    /// Bytes of the guest's that wait for the host.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn backlog(&self) -> usize {
+        self.backlog.len()
+    }
+
     pub(super) fn descriptor(&self) -> libc::c_int {
         self.socket.as_raw_fd()
     }
@@ -494,6 +500,87 @@ impl Connection {
         if !self.is_forgotten() {
             self.owed.reset = true;
             self.forget();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn connection(saved: &state::VsockConnection) -> (UnixStream, Connection) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (
+            theirs,
+            Connection::restore(HostSocket::new(ours.into()), saved),
+        )
+    }
+
+    const EDGES: [u32; 8] = [
+        0,
+        1,
+        2,
+        BUFFER,
+        1 << 31,
+        u32::MAX - BUFFER,
+        u32::MAX - 1,
+        u32::MAX,
+    ];
+
+    /// Counters around every border at which they turn over, or a guest lies.
+    #[test]
+    fn credit_is_what_the_guest_has_left_and_never_more() {
+        for sent in EDGES {
+            for guest_taken in EDGES {
+                for guest_buffer in EDGES {
+                    let saved = state::VsockConnection {
+                        sent,
+                        guest_taken,
+                        guest_buffer,
+                        ..Default::default()
+                    };
+                    let (_host, connection) = connection(&saved);
+                    let in_flight = u64::from(sent.wrapping_sub(guest_taken));
+                    let left = u64::from(guest_buffer).saturating_sub(in_flight);
+                    assert_eq!(u64::from(connection.credit()), left);
+                }
+            }
+        }
+    }
+
+    /// A host that reads nothing, and a guest whose counters are anywhere, that sends packets of every kind of length.
+    #[test]
+    fn what_waits_for_the_host_never_outgrows_the_buffer() {
+        let mut bytes = vec![7; BUFFER as usize + 1];
+        for received in EDGES {
+            for length in [64, 4096, BUFFER / 3, BUFFER - 1, BUFFER, BUFFER + 1] {
+                let saved = state::VsockConnection {
+                    received,
+                    forwarded_told: received,
+                    ..Default::default()
+                };
+                let (_host, mut connection) = connection(&saved);
+                let header = Header {
+                    op: OP_RW,
+                    len: length,
+                    buf_alloc: BUFFER,
+                    ..Header::default()
+                };
+                for _ in 0..4 * BUFFER / length + 1000 {
+                    let payload = VolatileSlice::from(&mut bytes[..length as usize]);
+                    connection.take(&header, &[payload]);
+                    assert!(connection.backlog.len() <= BUFFER as usize);
+                    if connection.is_forgotten() {
+                        break;
+                    }
+                }
+                assert!(
+                    connection.is_forgotten(),
+                    "{length}: it was given credit for ever"
+                );
+            }
         }
     }
 }

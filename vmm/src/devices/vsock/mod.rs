@@ -13,6 +13,8 @@ mod saved;
 mod socket;
 #[cfg(test)]
 mod tests;
+#[cfg(feature = "fuzzing")]
+mod turns;
 
 use std::{
     io,
@@ -32,6 +34,8 @@ use vmm_sys_util::{
     eventfd::EventFd,
 };
 
+#[cfg(feature = "fuzzing")]
+pub use self::turns::Turns;
 use self::{
     muxer::{CONNECTIONS_MAX, Muxer},
     packet::{HEADER_SIZE, Header},
@@ -57,6 +61,8 @@ const TRANSMIT: &str = "transmit";
 /// Chains taken from a queue before the thread looks at the other queue and the sockets again.
 const BATCH: usize = 64;
 const EVENTS: usize = 64;
+/// For epoll: no limit.
+const FOREVER: i32 = -1;
 
 /// Epoll data of what is no connection.
 const WAKE: u64 = CONNECTIONS_MAX as u64;
@@ -300,29 +306,32 @@ impl Thread {
 
     fn serve(&mut self) -> Result<(), DeviceError> {
         let mut events = vec![EpollEvent::default(); EVENTS];
-        loop {
-            let taking = self.take_packets()?;
-            let giving = self.give_packets()?;
-            let timeout = if taking || giving { 0 } else { -1 };
-            let ready = match self.muxer.epoll().wait(timeout, &mut events) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
-                other => other.map_err(host("epoll_wait"))?,
-            };
-            let mut stopping = false;
-            for event in events.iter().take(ready) {
-                match event.data() {
-                    WAKE => stopping = self.awake()?,
-                    // A doorbell is watched for its edge and never read: both queues are looked at
-                    // anyway, and each ring is an edge.
-                    DOORBELL => {}
-                    place => self.muxer.socket_ready(place as usize, event.event_set()),
-                }
-            }
-            // Not earlier: the sockets' events come once.
-            if stopping {
-                return self.leave();
+        // Not earlier: the sockets' events come once.
+        while !self.turn(&mut events, FOREVER)? {}
+        self.leave()
+    }
+
+    /// Looks at the queues once, then at the sockets and the doorway, which are waited for where nothing is left
+    /// to do for the queues: `patience` milliseconds. True when the thread is to end.
+    fn turn(&mut self, events: &mut [EpollEvent], patience: i32) -> Result<bool, DeviceError> {
+        let taking = self.take_packets()?;
+        let giving = self.give_packets()?;
+        let timeout = if taking || giving { 0 } else { patience };
+        let ready = match self.muxer.epoll().wait(timeout, events) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+            other => other.map_err(host("epoll_wait"))?,
+        };
+        let mut stopping = false;
+        for event in events.iter().take(ready) {
+            match event.data() {
+                WAKE => stopping = self.awake()?,
+                // A doorbell is watched for its edge and never read: both queues are looked at
+                // anyway, and each ring is an edge.
+                DOORBELL => {}
+                place => self.muxer.socket_ready(place as usize, event.event_set()),
             }
         }
+        Ok(stopping)
     }
 
     /// Takes what the guest had sent before the device was stopped: at most a whole queue, for a guest

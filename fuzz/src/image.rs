@@ -181,9 +181,10 @@ fn load(bytes: &[u8]) {
 }
 
 fn pages(bytes: &[u8]) {
-    let runs = image::read_prefetch(&File::from(memory_file(bytes)));
     let ram = ram();
-    image::prefetch(&ram, &runs, |_, _| {});
+    let runs = image::read_prefetch(&File::from(memory_file(bytes)), &ram);
+    let mut later = image::Later::new(ram.clone(), runs.into_iter());
+    while later.step() {}
 }
 
 fn bus(ram: &GuestRam) -> PciBus {

@@ -147,6 +147,7 @@ impl Outsider {
             .expect("a log");
         let network = File::open("/proc/self/ns/net").expect("our network");
         let child = spawn::spawn(&Launch {
+            core_scheduling: false,
             program: Path::new(JAILBREAK),
             machine: machine.as_fd(),
             descriptors: remote.as_fd(),

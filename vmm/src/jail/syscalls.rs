@@ -124,6 +124,8 @@ const SERVICE: &[Allowed] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendto),
     any(libc::SYS_shutdown),
+    // tokio makes itself a pair where another of the workspace's programs has it watch signals.
+    Allowed(libc::SYS_socketpair, &[Is(0, libc::AF_UNIX as u32)]),
     Allowed(libc::SYS_ioctl, &[Is(1, libc::FIONBIO as u32)]),
     // Kernel, initrd, and the files of a saved machine.
     any(libc::SYS_statx),

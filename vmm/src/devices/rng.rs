@@ -142,15 +142,15 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(|| {
                 while !over.load(Ordering::Relaxed) {
-                    let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
+                    let answered: u16 = ram.load(GuestAddress(used), Ordering::Acquire).unwrap();
                     let all = answered.wrapping_add(REQUESTS);
-                    ram.write_obj(all, GuestAddress(offered)).unwrap();
+                    let at = GuestAddress(offered);
+                    ram.store(all, at, Ordering::Release).unwrap();
                 }
             });
-            for _ in 0..100 {
-                rng.notify(0).unwrap();
-            }
+            let rung: Result<Vec<()>, _> = (0..100).map(|_| rng.notify(0)).collect();
             over.store(true, Ordering::Relaxed);
+            rung.unwrap();
         });
         let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
         assert!(answered <= 100 * REQUESTS, "{answered}");

@@ -94,13 +94,7 @@ fn random_bytes(buffer: &mut [u8; ANSWER_MAX], wanted: usize) -> Result<&[u8], D
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::atomic::{AtomicBool, Ordering},
-        thread,
-    };
-
     use super::*;
-    use crate::memory::{Bytes, GuestAddress};
     use crate::virtio::queue::testing::{BUFFERS, NEXT, WRITE, offer, queue, ram};
 
     #[test]
@@ -125,35 +119,6 @@ mod tests {
         assert_eq!(used.ring().ref_at(0).unwrap().load().len(), 64);
         assert_eq!(used.ring().ref_at(1).unwrap().load().len(), 256);
         assert_eq!(rng.stop().len(), 1);
-    }
-
-    /// Another vCPU offers more while these are answered.
-    #[test]
-    fn no_ring_is_answered_for_ever() {
-        let ram = ram();
-        let (driver, queue) = queue(&ram, 0);
-        // The same descriptor at every place of the queue.
-        offer(&driver, 0, &[(BUFFERS, 64, WRITE, 0)]);
-        let mut rng = Rng {
-            active: Some((ram.clone(), queue)),
-        };
-        let (offered, used) = (driver.avail_addr().0 + 2, driver.used_addr().0 + 2);
-        let over = AtomicBool::new(false);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                while !over.load(Ordering::Relaxed) {
-                    let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
-                    let all = answered.wrapping_add(REQUESTS);
-                    ram.write_obj(all, GuestAddress(offered)).unwrap();
-                }
-            });
-            for _ in 0..100 {
-                rng.notify(0).unwrap();
-            }
-            over.store(true, Ordering::Relaxed);
-        });
-        let answered: u16 = ram.read_obj(GuestAddress(used)).unwrap();
-        assert!(answered <= 100 * REQUESTS, "{answered}");
     }
 
     #[test]

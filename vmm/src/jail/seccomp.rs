@@ -61,26 +61,47 @@ fn compile(lists: &[&'static [Allowed]]) -> Program {
     for Allowed(call, conditions) in lists.iter().copied().flatten() {
         rules.entry(*call).or_default().push(conditions);
     }
-    let calls: Vec<_> = rules
-        .iter()
-        .map(|(call, asked)| (*call as u32, one(*call, asked)))
-        .collect();
     // struct seccomp_data: the call's number, the ABI's architecture, the instruction, the arguments.
     let mut program = vec![load(4), equals(ARCHITECTURE, 1, 0), answer(KILL), load(0)];
-    program.extend(among(&calls));
+    program.extend(among(&leaves(&rules)));
     program
 }
 
-/// Finds the number among calls in ascending order.
-fn among(calls: &[(u32, Program)]) -> Program {
-    match calls {
+/// The answers to one call each, or to calls in a row that are allowed whatever is asked of them; with the
+/// lowest number, ascending.
+fn leaves(rules: &Rules) -> Vec<(u32, Program)> {
+    let mut leaves = Vec::new();
+    let mut rules = rules.iter().peekable();
+    while let Some((call, asked)) = rules.next() {
+        let first = *call as u32;
+        if !is_free(*call, asked) {
+            leaves.push((first, one(*call, asked)));
+            continue;
+        }
+        let mut last = *call;
+        while let Some((next, _)) =
+            rules.next_if(|(next, asked)| **next == last + 1 && is_free(**next, asked))
+        {
+            last = *next;
+        }
+        leaves.push((first, row(first, last as u32)));
+    }
+    leaves
+}
+
+/// Finds the number among those of the leaves.
+fn among(leaves: &[(u32, Program)]) -> Program {
+    match leaves {
         [] => vec![answer(KILL)],
         [(_, only)] => only.clone(),
         _ => {
-            let (lower, upper) = calls.split_at(calls.len() / 2);
+            let (lower, upper) = leaves.split_at(leaves.len() / 2);
             let first = upper.first().map_or(0, |(call, _)| *call);
             let lower = among(lower);
-            let mut program = vec![at_least(first, 0, 1), skip(lower.len())];
+            let mut program = match u8::try_from(lower.len()) {
+                Ok(near) => vec![at_least(first, near, 0)],
+                Err(_) => vec![at_least(first, 0, 1), skip(lower.len())],
+            };
             program.extend(lower);
             program.extend(among(upper));
             program
@@ -88,20 +109,42 @@ fn among(calls: &[(u32, Program)]) -> Program {
     }
 }
 
-/// The answer to one call, if it is that.
+/// One without conditions is allowed whatever other lists ask for.
+fn is_free(call: c_long, asked: &[&'static [Condition]]) -> bool {
+    call != libc::SYS_clone3 && asked.iter().any(|conditions| conditions.is_empty())
+}
+
+/// The answer to calls from `first` to `last`, if it is one of them.
+fn row(first: u32, last: u32) -> Program {
+    vec![
+        at_least(first, 0, 1),
+        at_least(last + 1, 0, 1),
+        answer(KILL),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ]
+}
+
+/// The answer to one call with conditions, if it is that.
 fn one(call: c_long, asked: &[&'static [Condition]]) -> Program {
     let mut program = vec![equals(call as u32, 1, 0), answer(KILL)];
     if call == libc::SYS_clone3 {
         program.push(answer(UNKNOWN));
         return program;
     }
-    // One without conditions is allowed whatever other lists ask for.
-    if asked.iter().any(|conditions| conditions.is_empty()) {
-        program.push(answer(libc::SECCOMP_RET_ALLOW));
-        return program;
-    }
+    // ioctl(2) has dozens of requests: its argument is looked at once for all of them.
+    let mut values: BTreeMap<u8, Vec<u32>> = BTreeMap::new();
     for conditions in asked {
-        program.extend(when(conditions));
+        match conditions {
+            [Condition::Is(index, value)] => values.entry(*index).or_default().push(*value),
+            conditions => program.extend(when(conditions)),
+        }
+    }
+    for (index, values) in values {
+        program.push(load_argument(index));
+        for (value, behind) in values.iter().zip((1..=values.len()).rev()) {
+            program.push(equals(*value, behind as u8, 0));
+        }
+        program.extend([skip(1), answer(libc::SECCOMP_RET_ALLOW)]);
     }
     program.push(answer(KILL));
     program
@@ -116,7 +159,7 @@ fn when(conditions: &[Condition]) -> Program {
             Condition::Lacks(index, bits) => (index, bits, 0),
             Condition::OwnPid(index) => (index, u32::MAX, process::id()),
         };
-        let mut test = vec![load(16 + 8 * u32::from(index))];
+        let mut test = vec![load_argument(index)];
         if mask != u32::MAX {
             test.push(instruction(libc::BPF_ALU | libc::BPF_AND, 0, 0, mask));
         }
@@ -125,6 +168,11 @@ fn when(conditions: &[Condition]) -> Program {
         program = test;
     }
     program
+}
+
+/// Its lower half.
+fn load_argument(index: u8) -> sock_filter {
+    load(16 + 8 * u32::from(index))
 }
 
 fn load(offset: u32) -> sock_filter {

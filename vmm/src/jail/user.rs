@@ -116,14 +116,13 @@ pub(super) fn keep_inode_capabilities() -> Result<(), JailError> {
     }
     let dropped = |capability: &libc::c_ulong| !KEPT.contains(capability);
     for capability in (0..CAPABILITIES).filter(dropped) {
-        // SAFETY: options that take a number.
-        unsafe {
-            // One that the kernel does not have (EINVAL) is the first of many.
-            if libc::prctl(libc::PR_CAPBSET_READ, capability, 0, 0, 0) < 0 {
-                break;
-            }
-            let dropped = libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0);
-            check("prctl(PR_CAPBSET_DROP)", dropped.into())?;
+        // SAFETY: an option that takes a number.
+        let dropped = unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) };
+        match check("prctl(PR_CAPBSET_DROP)", dropped.into()) {
+            Ok(_) => {}
+            // One that the kernel does not have is the first of many.
+            Err(e) if e.cause.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(e) => return Err(e),
         }
     }
     set_capabilities(KEPT.iter().fold(0, |set, kept| set | 1 << kept))

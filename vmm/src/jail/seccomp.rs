@@ -81,7 +81,7 @@ fn rules(lists: &[&'static [Allowed]]) -> Rules {
 fn compile(rules: Rules) -> Program {
     // struct seccomp_data: the call's number, the ABI's architecture, the instruction, the arguments.
     let mut program = vec![load(4), equals(ARCHITECTURE, 1, 0), answer(KILL), load(0)];
-    program.extend(finish(among(&leaves(&rules))));
+    find(&leaves(&rules), &mut program);
     program
 }
 
@@ -110,32 +110,50 @@ fn leaves(rules: &Rules) -> Vec<(u32, Program)> {
 }
 
 /// Finds the number among those of the leaves.
-fn among(leaves: &[(u32, Program)]) -> Program {
+fn find(leaves: &[(u32, Program)], program: &mut Program) {
+    let size: usize = leaves.iter().map(|(_, leaf)| leaf.len() + 1).sum();
+    if size <= PART || leaves.len() < 2 {
+        let start = program.len();
+        find_near(leaves, program);
+        finish(program, start);
+        return;
+    }
+    let (lower, upper) = leaves.split_at(leaves.len() / 2);
+    let first = upper.first().map_or(0, |(call, _)| *call);
+    program.extend([at_least(first, 0, 1), skip(0)]);
+    let from = program.len();
+    find(lower, program);
+    let over = program.len() - from;
+    if let Some(jump) = program.get_mut(from - 1) {
+        *jump = skip(over);
+    }
+    find(upper, program);
+}
+
+/// As [`find`], in one part.
+fn find_near(leaves: &[(u32, Program)], program: &mut Program) {
     match leaves {
-        [] => vec![answer(KILL)],
-        [(_, only)] => only.clone(),
+        [] => program.push(answer(KILL)),
+        [(_, only)] => program.extend_from_slice(only),
         _ => {
             let (lower, upper) = leaves.split_at(leaves.len() / 2);
             let first = upper.first().map_or(0, |(call, _)| *call);
-            let (mut lower, mut upper) = (among(lower), among(upper));
-            if lower.len() + upper.len() > PART {
-                (lower, upper) = (finish(lower), finish(upper));
+            let at = program.len();
+            program.push(at_least(first, 0, 0));
+            find_near(lower, program);
+            let over = program.len() - at - 1;
+            if let Some(jump) = program.get_mut(at) {
+                jump.jt = over as u8;
             }
-            let mut program = match u8::try_from(lower.len()) {
-                Ok(near) if near < ALLOW => vec![at_least(first, near, 0)],
-                _ => vec![at_least(first, 0, 1), skip(lower.len())],
-            };
-            program.extend(lower);
-            program.extend(upper);
-            program
+            find_near(upper, program);
         }
     }
 }
 
-/// Adds the answers that a part jumps to.
-fn finish(mut part: Program) -> Program {
-    let allow = part.len();
-    for (at, instruction) in part.iter_mut().enumerate() {
+/// Adds the answers that the part from `start` on jumps to.
+fn finish(program: &mut Program, start: usize) {
+    let allow = program.len();
+    for (at, instruction) in program.iter_mut().enumerate().skip(start) {
         for jump in [&mut instruction.jt, &mut instruction.jf] {
             // From behind the instruction; parts are short enough.
             match *jump {
@@ -145,8 +163,7 @@ fn finish(mut part: Program) -> Program {
             }
         }
     }
-    part.extend([answer(libc::SECCOMP_RET_ALLOW), answer(KILL)]);
-    part
+    program.extend([answer(libc::SECCOMP_RET_ALLOW), answer(KILL)]);
 }
 
 /// One without conditions is allowed whatever other lists ask for.

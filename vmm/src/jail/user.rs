@@ -32,6 +32,8 @@ const KEPT: [libc::c_ulong; 7] = [
 /// system uid changes (NO_SETUID_FIXUP), none is kept by or inherited for another program (KEEP_CAPS stays off,
 /// NO_CAP_AMBIENT_RAISE).
 const SECUREBITS: libc::c_ulong = 0b1110_1111;
+/// Of the child that is born into the user namespace, in bytes.
+const STACK: usize = 16 << 10;
 /// More than any kernel has.
 const CAPABILITIES: libc::c_ulong = 64;
 
@@ -44,14 +46,26 @@ impl UserNamespace {
     /// Its maps can be written from outside alone, so a short-lived child is born into it.
     pub(super) fn create() -> Result<Self, JailError> {
         let (ours, theirs) = UnixStream::pair().map_err(JailError::of("socketpair"))?;
-        let mut pidfd = -1;
-        let flags = libc::CLONE_NEWUSER | libc::CLONE_PIDFD | libc::SIGCHLD;
-        // SAFETY: without CLONE_VM, this is a fork(2) of a process with one thread; the descriptor is put
-        // where `parent_tid` points to.
-        let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) };
-        if check("make a user namespace", child)? == 0 {
-            wait_and_end(&ours, &theirs);
-        }
+        let mut wait = Wait {
+            parents: ours.as_raw_fd(),
+            own: theirs.as_raw_fd(),
+        };
+        let mut stack = vec![0_u128; STACK / size_of::<u128>()];
+        let mut pidfd: libc::c_int = -1;
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_PIDFD | libc::CLONE_VM | libc::SIGCHLD;
+        // SAFETY: the child has the upper end of a stack that it alone uses, calls two system calls on its own
+        // copies of two descriptors, and is gone before `stack` and `wait` are; the descriptor is put where
+        // `parent_tid` points to.
+        let child = unsafe {
+            libc::clone(
+                wait_and_end,
+                stack.as_mut_ptr_range().end.cast(),
+                flags,
+                (&raw mut wait).cast(),
+                &raw mut pidfd,
+            )
+        };
+        check("make a user namespace", child.into())?;
         drop(theirs);
         // SAFETY: CLONE_PIDFD put a new descriptor there.
         let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
@@ -59,8 +73,9 @@ impl UserNamespace {
         drop(ours);
         // SAFETY: no status is asked for.
         check("collect a child", unsafe {
-            libc::waitpid(child as libc::pid_t, std::ptr::null_mut(), 0).into()
+            libc::waitpid(child, std::ptr::null_mut(), 0).into()
         })?;
+        drop(stack);
         Ok(Self(namespace?))
     }
 
@@ -74,15 +89,22 @@ impl UserNamespace {
     }
 }
 
-/// What the child does: it ends when its parent lets go of the other end, or dies.
-fn wait_and_end(parents: &UnixStream, own: &UnixStream) -> ! {
+/// The child's descriptors.
+struct Wait {
+    parents: libc::c_int,
+    own: libc::c_int,
+}
+
+/// What the child does, in its parent's memory: it ends when its parent lets go of the other end, or dies.
+extern "C" fn wait_and_end(wait: *mut libc::c_void) -> libc::c_int {
     // SAFETY: system calls on descriptors that are this process's own copies, and one byte of its stack.
     unsafe {
-        libc::close(parents.as_raw_fd());
+        let wait = &*wait.cast::<Wait>();
+        libc::close(wait.parents);
         let mut byte = 0_u8;
-        libc::read(own.as_raw_fd(), (&raw mut byte).cast(), 1);
-        libc::_exit(0)
+        libc::read(wait.own, (&raw mut byte).cast(), 1);
     }
+    0
 }
 
 /// Maps the ids of the namespace that the process behind `pidfd` was born into; returns the namespace.

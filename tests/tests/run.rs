@@ -136,8 +136,9 @@ fn kill_all_reaches_every_process() {
 /// As soon as anything runs, not only once the host has set the clock again.
 #[test]
 fn the_clock_is_the_hosts_after_a_cold_boot() {
-    /// Milliseconds: less than any guest takes to boot.
-    const NEARLY: u128 = 30;
+    /// Milliseconds: on a busy machine the time that the shim says may be so old when the agent has it, and
+    /// no guest of the lab boots in less.
+    const NEARLY: u128 = 150;
     let _settings = Settings::write(COLD);
     let pod = Container::detached(
         Runtime::Husk,

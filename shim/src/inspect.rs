@@ -394,6 +394,8 @@ fn numbers(path: &str) -> Result<Vec<u64>, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
     use super::*;
 
     fn record(pod: &str, vmm: Option<ProcessId>) -> Record {
@@ -452,7 +454,12 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{text}");
         }
         assert!(!text.contains("root: empty"), "{text}");
+        // Out of the way of the first descriptors, which are described by what they are for.
         let procfs = fs::File::open("/proc/sys").unwrap();
+        // SAFETY: a descriptor of our own, and a new one that nobody else has.
+        let procfs = unsafe {
+            OwnedFd::from_raw_fd(libc::fcntl(procfs.as_raw_fd(), libc::F_DUPFD_CLOEXEC, 64))
+        };
         let text = describe("default/x", std::process::id()).unwrap();
         assert!(text.contains("/proc/sys on procfs"), "{text}");
         drop(procfs);

@@ -138,7 +138,14 @@ fn describe(pod: &str, pid: u32) -> Result<String, Failure> {
     ));
     say(landlock());
     for thread in numbers(&format!("{process}/task"))? {
-        say(describe_thread(&process, thread)?);
+        match describe_thread(&process, thread) {
+            Ok(line) => say(line),
+            // It may have ended meanwhile.
+            Err((_, e))
+                if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => {
+            }
+            Err(e) => return Err(e),
+        }
     }
     for fd in numbers(&format!("{process}/fd"))? {
         // It may have been closed meanwhile.

@@ -45,7 +45,7 @@ use crate::{
     descriptors::{DescriptorError, Descriptors},
     fs::{FileServer, ShareError},
     jail::{self, Role},
-    memory::image::Later,
+    memory::{self, image::Later},
     vm::{BuildError, Config, RestoreConfig, SaveError, Vm, ending::Cause},
 };
 
@@ -147,7 +147,7 @@ impl MachineService {
 
     /// Takes charge of a machine that runs.
     fn keep(&self, vm: Vm) {
-        if let Err(e) = jail::limit_memory(vm.memory_bytes()) {
+        if let Err(e) = jail::limit_memory(memory::mapped()) {
             log::error!("{e}");
         }
         let vm = self.vm.get_or_init(|| Arc::new(vm));

@@ -13,9 +13,10 @@ const NONE: [(&str, libc::__rlimit_resource_t); 5] = [
     ("setrlimit(RLIMIT_RTPRIO)", libc::RLIMIT_RTPRIO),
 ];
 
-/// Bytes of writable memory that the VMM may have beside its guest's: about 100 MiB of it are the file
-/// server's for the files that a guest may know, and each thread's stack counts in full.
-const OWN_MEMORY: u64 = 512 << 20;
+/// Bytes of writable memory that the VMM may have beside its guest's: up to 256 MiB of it are the file
+/// server's for the files that a guest may know, as many for its connections' bytes, and each thread's stack
+/// counts in full.
+const OWN_MEMORY: u64 = 768 << 20;
 
 /// Sets the limits that hold from the start. That of open files is the file server's (fs/limits.rs), that
 /// of threads is not here: the kernel does not count those of the host's uid 0.
@@ -34,7 +35,7 @@ pub(super) fn harden() -> Result<(), JailError> {
     Ok(())
 }
 
-/// Limits the process's writable memory to that of its guest, in bytes, and what a VMM needs beside. To
+/// Limits the process's writable memory to `guest`, the bytes mapped for guests, and what a VMM needs beside. To
 /// be called on the service's thread once the guest has its memory. Does nothing outside of the jail.
 ///
 /// # Errors

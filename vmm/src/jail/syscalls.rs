@@ -114,6 +114,8 @@ const NURSERY: &[Allowed] = &[
     ),
 ];
 
+const STREAM_PAIR: u32 = (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as u32;
+
 /// The machine's connection; building the machine, saving and restoring it.
 const SERVICE: &[Allowed] = &[
     any(libc::SYS_epoll_create1),
@@ -124,8 +126,12 @@ const SERVICE: &[Allowed] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_sendto),
     any(libc::SYS_shutdown),
-    // tokio makes itself a pair where another of the workspace's programs has it watch signals.
-    Allowed(libc::SYS_socketpair, &[Is(0, libc::AF_UNIX as u32)]),
+    // tokio makes itself a pair where another of the workspace's programs has it watch signals. Connected
+    // streams: a datagram socket of a pair could still send to others by name.
+    Allowed(
+        libc::SYS_socketpair,
+        &[Is(0, libc::AF_UNIX as u32), Is(1, STREAM_PAIR)],
+    ),
     Allowed(libc::SYS_ioctl, &[Is(1, libc::FIONBIO as u32)]),
     // Kernel, initrd, and the files of a saved machine.
     any(libc::SYS_statx),

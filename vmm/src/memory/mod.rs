@@ -6,7 +6,14 @@
 
 pub mod image;
 
-use std::{fs::File, io, num::NonZeroU64, os::fd::AsRawFd, ptr};
+use std::{
+    fs::File,
+    io,
+    num::NonZeroU64,
+    os::fd::AsRawFd,
+    ptr,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 pub use vm_memory::{
     ByteValued, Bytes, GuestAddress, GuestMemory as GuestMemoryAccess, GuestMemoryError,
@@ -40,6 +47,15 @@ pub const ADDED_GRANULE: u64 = 128 << 20;
 const HUGE_PAGES: u64 = 8 << 20;
 
 const PAGE: usize = 4096;
+
+/// See [`mapped`].
+static MAPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes of address space that were taken for guest memory, also that of machines that could not be built: it
+/// is never given back.
+pub fn mapped() -> u64 {
+    MAPPED.load(Ordering::Relaxed)
+}
 
 /// Why there is no guest memory.
 #[derive(Debug, thiserror::Error)]
@@ -251,6 +267,7 @@ fn map(length: u64) -> Result<MmapRegion<()>, MemoryError> {
     if start == libc::MAP_FAILED {
         return Err(failed(io::Error::last_os_error().to_string()));
     }
+    MAPPED.fetch_add(padded as u64, Ordering::Relaxed);
     let aligned = start.map_addr(|address| address.next_multiple_of(ALIGNMENT));
     // SAFETY: `length` bytes from there lie within the mapping, which is never unmapped.
     let region = unsafe {

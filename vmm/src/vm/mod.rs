@@ -253,11 +253,6 @@ impl Vm {
         console.contents()
     }
 
-    /// Bytes of guest memory.
-    pub fn memory_bytes(&self) -> u64 {
-        memory::image::length(&self.ram)
-    }
-
     pub fn exits(&self) -> &vcpu::Exits {
         self.vcpus.exits()
     }

@@ -50,6 +50,8 @@ pub const INITRD: &str = "/usr/local/lib/husk/initrd.img";
 
 /// What a hostile guest says on its console when its act is over and the machine still there.
 pub const HOSTILE_DONE: &str = "hostile: done\n";
+/// What it says when it could not even begin, or go on: a test that tried nothing.
+pub const HOSTILE_FAILED: &str = "hostile: could not fight: ";
 
 /// A saved machine: two files without a name.
 pub struct Saved {

@@ -229,12 +229,12 @@ impl Drop for FewOpenFiles {
 /// the host allows.
 #[test]
 fn a_pod_walks_through_more_files_than_it_may_remember() {
-    const LIMIT: u32 = 1024;
+    const LIMIT: u32 = 2048;
     let scratch = Scratch::new("many-files");
     for directory in 0..10 {
         let directory = scratch.0.join(directory.to_string());
         fs::create_dir(&directory).expect("create a directory");
-        for file in 0..80 {
+        for file in 0..160 {
             fs::write(directory.join(file.to_string()), "x").expect("write a file");
         }
     }
@@ -255,9 +255,13 @@ fn a_pod_walks_through_more_files_than_it_may_remember() {
         "for d in /data/?; do mv $d $d.moved; done; ls -l /data/*/ | grep -c ' 1 root'",
     ] {
         let outcome = pod.exec(&["sh", "-c", script]);
-        assert_eq!(outcome.ok().trim(), "800", "{script}");
+        assert_eq!(outcome.ok().trim(), "1600", "{script}");
         let held = descriptors();
-        assert!(held < LIMIT as usize, "{held} descriptors after {script}");
+        // The VMM keeps 512 for itself, and has few of them.
+        assert!(
+            held < LIMIT as usize - 300,
+            "{held} descriptors after {script}"
+        );
     }
     assert!(
         descriptors() > LIMIT as usize / 4,

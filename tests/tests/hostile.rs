@@ -15,7 +15,7 @@ use husk_tests::{
     command::PATIENCE,
     cpio,
     ctr::{Container, PROBE_MOUNT, Run, Runtime},
-    machine::{self, HOSTILE_DONE, KERNEL, Machine, Process},
+    machine::{self, HOSTILE_DONE, HOSTILE_FAILED, KERNEL, Machine, Process},
     steady::Steady,
 };
 
@@ -26,7 +26,7 @@ const OWN_KIB: u64 = 48 << 10;
 const DESCRIPTORS: usize = 128;
 const THREADS: usize = 16;
 /// Of its log: a burst, and a line per second.
-const LOG_LINES: usize = 64 + 60;
+const LOG_LINES: usize = 64 + PATIENCE.as_secs() as usize / 2 + 5;
 
 /// Of what the guest makes up.
 const SEED: u64 = 0x5eed;
@@ -106,6 +106,8 @@ async fn fight(initrd: &Path, cmdline: &str, log: File) -> Result<(End, Process)
         let console = String::from_utf8_lossy(&status.console).into_owned();
         if status.state.enum_value_or_default() == State::ENDED {
             let ended = machine.wait().await?;
+            let last = String::from_utf8_lossy(&ended.console);
+            ensure!(!last.contains(HOSTILE_FAILED), "{last}");
             break End::Reason(ended.reason.enum_value_or_default(), ended.detail);
         }
         if console.contains(HOSTILE_DONE.trim_end()) {

@@ -65,7 +65,7 @@ impl VirtioDevice for Rng {
             let (head, written) = (chain.head(), random.len());
             queue.push(ram, head, written).map_err(failed)?;
         }
-        // What came meanwhile rings again.
+        // A driver that had more than these waiting rings with its next request; Linux' has one at a time.
         queue.arm(ram).map_err(failed)?;
         queue.signal(ram).map_err(failed)
     }

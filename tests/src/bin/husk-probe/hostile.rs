@@ -663,7 +663,7 @@ impl Random {
 }
 
 /// To the kernel's early console, which no driver holds.
-fn print(text: &str) {
+pub fn print(text: &str) {
     for byte in text.bytes() {
         out8(0x3f8, byte);
     }

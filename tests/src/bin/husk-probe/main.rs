@@ -36,7 +36,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use husk_proto::{GUEST_CID, STREAM_PORT};
-use husk_tests::steady;
+use husk_tests::{machine::HOSTILE_FAILED, steady};
 use libc::VMADDR_CID_LOCAL;
 use rustix::fs::{CWD, FileType, Mode, XattrFlags};
 
@@ -67,6 +67,7 @@ fn be_init() {
         }
         Ok("hostile") => {
             if let Err(error) = hostile::run() {
+                hostile::print(&format!("{HOSTILE_FAILED}{error:#}\n"));
                 panic!("{error:#}");
             }
             loop {

@@ -305,7 +305,7 @@ impl Pod {
                 "signal {signal}: not 1 to {LAST_SIGNAL}"
             )));
         }
-        let exited = self.with(id, |container| {
+        let mut exited = self.with(id, |container| {
             let process = container.process(exec)?;
             if process.exit().is_some() {
                 return Err(Fault::not_found("process already finished"));
@@ -327,10 +327,16 @@ impl Pod {
         };
         let is_final = exec.is_empty() && signal == libc::SIGKILL.unsigned_abs();
         if is_final {
-            tokio::spawn(see_killed(vm.clone(), request.clone(), exited));
+            tokio::spawn(see_killed(vm.clone(), request.clone(), exited.clone()));
         }
-        match vm.agent.signal(limited(), &request).await {
-            Ok(_) => Ok(()),
+        let answer = tokio::select! {
+            biased;
+            answer = vm.agent.signal(limited(), &request) => answer.map(drop),
+            // Which is what was wanted: the guest need not say that it heard.
+            () = ended(&mut exited), if is_final => Ok(()),
+        };
+        match answer {
+            Ok(()) => Ok(()),
             Err(e) => {
                 let fault = self
                     .explained(vm, Fault::of_call("send the signal", e))

@@ -966,6 +966,15 @@ async fn a_guest_that_does_not_end_what_is_killed_goes() {
     let stop = |pid: u32| {
         // SAFETY: kill(2) takes numbers.
         unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGSTOP) };
+        // Until its last thread is: one that still runs may say half of what it has to say.
+        let runs = |thread: fs::DirEntry| {
+            let status = fs::read_to_string(thread.path().join("status")).unwrap();
+            !status.contains("State:\tT")
+        };
+        let threads = || fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+        while threads().any(runs) {
+            thread::sleep(Duration::from_millis(1));
+        }
     };
     let ends = async |task: &Task, hangs: bool| {
         let pid = host.create(task).await;

@@ -45,7 +45,7 @@ husk-bench: husk-lab
 
 ## lab: a shell in the lab, with whatever is built
 lab: husk-lab
-	$(LAB) shell
+	$(LAB) shell $(addprefix --containerd ,$(CONTAINERD))
 
 ## demo: boots the lab and runs a container in a microVM
 demo:
@@ -54,9 +54,9 @@ demo:
 	$(CARGO) build --quiet --locked -p husk-tests --bins
 	@$(LAB) demo
 
-## test: everything that must pass
+## test: everything that must pass; TESTS="exec:: run::uname" chooses end-to-end tests, CONTAINERD=1.7|2.1 one containerd for all
 test: lint unit build husk-lab
-	$(LAB) test $(TESTS)
+	$(LAB) test $(addprefix --containerd ,$(CONTAINERD)) $(TESTS)
 
 unit:
 	@deploy/prepare-host test
@@ -71,7 +71,7 @@ lint:
 test-long: build husk-lab
 	@deploy/prepare-host test
 	$(CARGO) test --locked --workspace --tests -- --ignored
-	$(LAB) test --ignored --limit 3600 --timeout 10800 $(TESTS)
+	$(LAB) test --ignored --limit 3600 --timeout 10800 $(addprefix --containerd ,$(CONTAINERD)) $(TESTS)
 
 ## fuzz: each fuzz target for a minute, or FUZZ_SECONDS (`make test` runs their corpora)
 FUZZ_SECONDS ?= 60

@@ -4,6 +4,7 @@
 pub mod bare;
 pub mod census;
 pub mod command;
+pub mod containerd;
 pub mod cpio;
 pub mod ctr;
 pub mod machine;

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::containerd::Version;
+
 /// Where the plan lies, seen from inside the lab.
 pub const PLAN: &str = "/lab/plan.json";
 
@@ -14,8 +16,8 @@ pub const OUTPUT: &str = "husk.output";
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
     pub job: Job,
-    /// Start containerd and import the demo image first.
-    pub containerd: bool,
+    /// The containerd to start first, with the demo image in it; `None`: none.
+    pub containerd: Option<Version>,
     /// `/results` lies in memory until the end, so that no measured span waits for a disk.
     pub results_in_memory: bool,
     /// Seconds of lab time that one test may take before it counts as hanging.
@@ -58,8 +60,12 @@ impl Case {
 pub enum Report {
     /// The lab lives; sent every second of its own time.
     Beat,
-    /// containerd answers, the image is there; uptime in seconds.
-    Ready { uptime: f64 },
+    /// containerd answers, the image is there; uptime in seconds. `None`: the plan wants no containerd.
+    Ready {
+        uptime: f64,
+        /// What the server says it is.
+        containerd: Option<String>,
+    },
     /// Something the person at the terminal should know.
     Note { text: String },
     /// Case number `index` of the plan begins.

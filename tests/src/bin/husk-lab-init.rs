@@ -6,15 +6,16 @@ use std::{
     env,
     fs::{self, File, OpenOptions},
     io::{Read, Write},
-    os::unix::{net::UnixStream, process::CommandExt},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Child, Command, ExitCode, Stdio},
+    process::{Command, ExitCode, Stdio},
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
+use husk_tests::containerd::{self, Version};
 use husk_tests::settings::{CLONES, COLD};
 use husk_tests::wire::{Case, Job, OUTPUT, PLAN, Plan, REPORTS, Report, Verdict};
 use rustix::pipe::PipeFlags;
@@ -34,8 +35,6 @@ fn keep_a_vm() -> Result<()> {
 
 /// Bytes kept of one core dump.
 const CORE_LIMIT: u64 = 256 << 20;
-
-const CONTAINERD_SOCKET: &str = "/run/containerd/containerd.sock";
 
 fn main() -> ExitCode {
     if env::args().nth(1).as_deref() == Some("core") {
@@ -101,22 +100,22 @@ fn work(reports: &Reports) -> Result<i32> {
             .with_context(|| format!("understand {PLAN}"))?;
     reports.beat_forever();
     set_up(&plan)?;
-    let mut containerd = None;
-    if plan.containerd {
-        containerd = Some(start_containerd()?);
-    }
-    reports.send(&Report::Ready { uptime: uptime() });
+    let containerd = plan.containerd.map(start_containerd).transpose()?;
+    reports.send(&Report::Ready {
+        uptime: uptime(),
+        containerd,
+    });
 
     let status = match &plan.job {
         Job::Shell => shell(&plan)?,
         Job::Run { command } => run(command, &plan)?,
         Job::Test { cases } => test(cases, &plan, reports),
     };
-    if let Some(mut containerd) = containerd {
-        if let Ok(Some(gone)) = containerd.try_wait() {
-            reports.note(&format!("containerd has died: {gone}"));
+    if plan.containerd.is_some() {
+        match containerd::pid() {
+            Some(_) => containerd::kill()?,
+            None => reports.note("containerd has died"),
         }
-        let _ = containerd.kill();
     }
     Ok(status)
 }
@@ -197,50 +196,15 @@ fn set_up(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn start_containerd() -> Result<Child> {
-    fs::create_dir_all("/etc/containerd")?;
-    if !Path::new("/etc/containerd/husk-lab.toml").exists() {
-        fs::write("/etc/containerd/husk-lab.toml", CONTAINERD_CONFIG)?;
-    }
-    // In a cgroup of its own, as under systemd, so that what shims leave in it can be seen.
-    let cgroup = "/sys/fs/cgroup/containerd.service";
-    fs::create_dir_all(cgroup)?;
-    let log = File::create("/results/containerd.log").context("create /results/containerd.log")?;
-    let script = format!(
-        "echo $$ > {cgroup}/cgroup.procs; ulimit -c unlimited; exec containerd --config /etc/containerd/husk-lab.toml"
-    );
-    let mut containerd = Command::new("sh")
-        .args(["-c", &script])
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .process_group(0)
-        .spawn()
-        .context("start containerd")?;
-    let patience = Instant::now() + Duration::from_secs(60);
-    while UnixStream::connect(CONTAINERD_SOCKET).is_err() {
-        if let Some(status) = containerd.try_wait()? {
-            bail!("containerd ended at once: {status}; see containerd.log");
-        }
-        if Instant::now() > patience {
-            bail!(
-                "containerd does not answer on {CONTAINERD_SOCKET} after 60 s; see containerd.log"
-            );
-        }
-        thread::sleep(Duration::from_millis(50));
-    }
+/// Starts it with the demo image in it; returns what it says it is.
+fn start_containerd(version: Version) -> Result<String> {
+    containerd::select(version)?;
+    containerd::start()?;
     if Path::new("/lab/demo.tar").exists() {
         quick("ctr", &["image", "import", "/lab/demo.tar"])?;
     }
-    Ok(containerd)
+    containerd::served()
 }
-
-/// Without CRI, which takes most of containerd's start, and without snapshotters that the lab has nothing for.
-const CONTAINERD_CONFIG: &str = r#"version = 2
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
-[debug]
-level = "info"
-"#;
 
 fn keep_results(reports: &Reports) {
     for entry in fs::read_dir("/results").into_iter().flatten().flatten() {
@@ -302,6 +266,10 @@ fn command(program: &str, plan: &Plan) -> Command {
     let mut command = Command::new(program);
     command
         .env("HUSK_LAB", "1")
+        .env(
+            "HUSK_LAB_CONTAINERD",
+            plan.containerd.map_or("none", Version::name),
+        )
         .envs(plan.env.iter().cloned())
         .current_dir("/root");
     command

@@ -11,7 +11,10 @@ mod suite;
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result, bail};
-use husk_tests::wire::{Job, Plan};
+use husk_tests::{
+    containerd::Version,
+    wire::{Job, Plan, Report},
+};
 
 use crate::{
     machine::{Clock, End, Machine},
@@ -39,6 +42,7 @@ options:
   --cold            no tests of clones, and none of pods with clones
   --ignored         the tests that are ignored otherwise, and no others: they take long
   --virtual-time    the clock counts instructions (as in bench)
+  --containerd 1.7|2.1  the containerd [1.7; test: 2.1 for pods that boot, 1.7 for clones]
   --no-containerd   do not start containerd
   --stock-qemu      use the host's QEMU instead of building the patched one
 ";
@@ -55,7 +59,9 @@ struct Options {
     timeout_secs: Option<u64>,
     limit_secs: u64,
     clock: Clock,
-    containerd: bool,
+    /// `None`: the verb's default.
+    containerd: Option<Version>,
+    no_containerd: bool,
     stock_qemu: bool,
     ignored: bool,
     cold: bool,
@@ -105,7 +111,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
         timeout_secs: None,
         limit_secs: 600,
         clock: Clock::Wall,
-        containerd: true,
+        containerd: None,
+        no_containerd: false,
         stock_qemu: std::env::var_os("HUSK_STOCK_QEMU").is_some(),
         ignored: false,
         cold: false,
@@ -132,7 +139,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
             "--timeout" => options.timeout_secs = Some(value()?.parse().context("--timeout")?),
             "--limit" => options.limit_secs = value()?.parse().context("--limit")?,
             "--virtual-time" => options.clock = Clock::Virtual,
-            "--no-containerd" => options.containerd = false,
+            "--containerd" => options.containerd = Some(value()?.parse()?),
+            "--no-containerd" => options.no_containerd = true,
             "--ignored" => options.ignored = true,
             "--cold" => options.cold = true,
             "--stock-qemu" => options.stock_qemu = true,
@@ -146,11 +154,16 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Options> {
 
 impl Options {
     fn plan(&self, job: Job) -> Plan {
+        self.plan_with(Version::V1_7, job)
+    }
+
+    /// With that containerd, where the options ask for no other.
+    fn plan_with(&self, containerd: Version, job: Job) -> Plan {
         let mut env = self.env.clone();
         env.push(("HUSK_LAB_CLOCK".to_owned(), self.clock.name().to_owned()));
         Plan {
             job,
-            containerd: self.containerd,
+            containerd: (!self.no_containerd).then_some(self.containerd.unwrap_or(containerd)),
             results_in_memory: self.clock == Clock::Virtual,
             limit_secs: self.limit_secs,
             env,
@@ -192,7 +205,7 @@ fn one_command(
     let plan = options.plan(Job::Run { command });
     let stage = Stage::new(name, options, needs)?;
     let end = Machine::boot(&stage, &plan, options)?
-        .wait(options.timeout_secs.or(Some(timeout)), &mut |_| {})?;
+        .wait(options.timeout_secs.or(Some(timeout)), &mut say_ready)?;
     if let End::Died { why } = &end {
         eprintln!("husk-lab: the lab died: {why}");
     }
@@ -232,6 +245,17 @@ fn bench(mut options: Options) -> Result<u8> {
         );
     }
     Ok(status_of(&end))
+}
+
+/// On the error stream: what is in the lab's output belongs to its command.
+fn say_ready(report: &Report) {
+    if let Report::Ready {
+        containerd: Some(version),
+        ..
+    } = report
+    {
+        eprintln!("husk-lab: containerd {version}");
+    }
 }
 
 fn status_of(end: &End) -> u8 {

@@ -1,6 +1,7 @@
 //! The end-to-end tests: built by cargo here, run in the lab, judged and counted here.
 //!
-//! Pods that boot have one lab and pods that are clones another, at the same time where there is room for two.
+//! Pods that boot have one lab, under [`BOOTS_ON`], and pods that are clones another, under [`CLONES_ON`], at the same time
+//! where there is room for two: so every test that has a pod runs under both versions of containerd.
 //! Where a lab dies, the tests that are left get a fresh one, and the test that it was running comes last
 //! there: if it is to blame, the others have had their turn.
 
@@ -14,7 +15,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use husk_tests::wire::{Case, Job, Report, Verdict};
+use husk_tests::{
+    containerd::Version,
+    wire::{Case, Job, Report, Verdict},
+};
 
 use crate::{
     Options, assets,
@@ -24,6 +28,9 @@ use crate::{
 
 /// Tests that have no pod that containerd starts, or that see to templates themselves.
 const WITHOUT_CLONES: [&str; 4] = ["machine", "save", "clones", "hostile"];
+/// The containerd that pods boot under, and the one that clones start under.
+const BOOTS_ON: Version = Version::V2_1;
+const CLONES_ON: Version = Version::V1_7;
 /// How often a new lab is booted after one has died.
 const FRESH_LABS: u32 = 3;
 
@@ -75,14 +82,20 @@ pub fn run(options: &Options) -> Result<u8> {
     assets::prepare(options.stock_qemu)?;
     println!("running {} tests in the lab", cases.len());
     let (clones, boots): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(has_clones);
-    let half = |name: &str, cases| run_in_labs(name, cases, &binaries, options);
+    let half = |name, on, cases| run_in_labs(name, on, cases, &binaries, options);
     let halves = if room_for_two_labs(options.memory_mib) {
         thread::scope(|scope| {
-            let clones = scope.spawn(|| half("clones", clones));
-            [half("test", boots), clones.join().expect("no panic")]
+            let clones = scope.spawn(|| half("clones", CLONES_ON, clones));
+            [
+                half("test", BOOTS_ON, boots),
+                clones.join().expect("no panic"),
+            ]
         })
     } else {
-        [half("test", boots), half("clones", clones)]
+        [
+            half("test", BOOTS_ON, boots),
+            half("clones", CLONES_ON, clones),
+        ]
     };
 
     let (mut failures, mut deaths, mut directories) = (Vec::new(), 0, Vec::new());
@@ -148,6 +161,7 @@ struct Outcome {
 
 fn run_in_labs(
     name: &str,
+    containerd: Version,
     mut cases: Vec<Case>,
     binaries: &[(String, PathBuf)],
     options: &Options,
@@ -158,16 +172,22 @@ fn run_in_labs(
         for (target, binary) in binaries {
             stage.copy(binary, &Path::new("tests").join(target))?;
         }
-        let plan = options.plan(Job::Test {
-            cases: cases.clone(),
-        });
+        let plan = options.plan_with(
+            containerd,
+            Job::Test {
+                cases: cases.clone(),
+            },
+        );
         let mut done = vec![false; cases.len()];
         let mut running = None;
         let end = Machine::boot(&stage, &plan, options)?.wait(
             options.timeout_secs.or(Some(3000)),
             &mut |report| match report {
-                Report::Ready { uptime } => {
-                    println!("the lab ({name}) is up after {uptime:.1} s of its time")
+                Report::Ready { uptime, containerd } => {
+                    let version = containerd.as_deref().unwrap_or("none");
+                    println!(
+                        "the lab ({name}) is up after {uptime:.1} s of its time, with containerd {version}"
+                    );
                 }
                 Report::Start { index } => running = Some(*index),
                 Report::End {

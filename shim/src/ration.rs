@@ -120,7 +120,7 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_is_due_is_not_held_up() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let mut ours = Rationed::new(ours);
@@ -130,13 +130,13 @@ mod tests {
         let (sent, read) = tokio::join!(theirs.write_all(&message), ours.read_exact(&mut got));
         sent.unwrap();
         read.unwrap();
-        assert!(began.elapsed() < PAUSE * 50, "{:?}", began.elapsed());
+        assert_eq!(began.elapsed(), Duration::ZERO);
         assert!(got == message);
         drop(theirs);
         assert_eq!(ours.read(&mut got).await.unwrap(), 0);
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_flood_is_read_at_the_rate_it_may_have() {
         const FOR: Duration = Duration::from_secs(1);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
@@ -156,17 +156,17 @@ mod tests {
         let began = Instant::now();
         assert!(timeout(FOR, both).await.is_err());
         let passed = began.elapsed().as_millis() as i64;
-        let due = (BURST + RATE * (passed + 100) / 1000) / READ;
+        let due = (BURST + RATE * passed / 1000) / READ + 1;
         assert!(
             reads > BURST / READ && reads <= due,
             "{reads} of {due} reads"
         );
-        // It never stops for good.
-        assert!(most < FOR / 2, "{most:?}");
+        // It never stops for long.
+        assert!(most <= PAUSE * 2, "{most:?}");
     }
 
     /// Events that nobody takes out of ttrpc's queue, which has no bound: no more of them come than may.
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn an_agent_cannot_fill_the_shim_with_events() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let client = AgentClient::new(Client::new(Socket::new(Rationed::new(ours))));
@@ -194,13 +194,13 @@ mod tests {
         });
         assert!(flooded.await.is_err());
         // A socket's buffer full, and what was read: two reads each.
-        let most = (BURST + 2 * RATE) / READ / 2 + (1 << 20) / frame.len() as i64;
+        let most = (BURST + RATE) / READ / 2 + (1 << 20) / frame.len() as i64;
         assert!((sent as i64) < most, "{sent} events of {most}");
         assert!(stream.recv().await.unwrap().is_some());
     }
 
     /// Half a frame and silence; one of 4 GiB that goes on and on; one for a stream that there is not.
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn an_answer_that_never_ends_ends_its_request() {
         const LIMIT: Duration = Duration::from_millis(200);
         let header = |length, stream_id| {
@@ -222,7 +222,7 @@ mod tests {
             let request = StatsRequest::new();
             let answered = client.stats(context::with_duration(LIMIT), &request).await;
             assert!(answered.is_err());
-            assert!(began.elapsed() < LIMIT * 20, "{:?}", began.elapsed());
+            assert!(began.elapsed() <= LIMIT + PAUSE, "{:?}", began.elapsed());
         }
     }
 }

@@ -147,8 +147,8 @@ impl Prepared {
 }
 
 fn clone_and_exec(launch: &Launch<'_>, prepared: &Prepared) -> io::Result<Child> {
-    let namespaces =
-        libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
+    // Its mount namespace the VMM makes itself, with its empty root: this one it needs for its way there.
+    let namespaces = libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
     let mut flags = (namespaces | libc::CLONE_PIDFD) as u64;
     if launch.network.is_none() {
         flags |= libc::CLONE_NEWNET as u64;

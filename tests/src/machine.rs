@@ -12,8 +12,9 @@ use std::{
             process::CommandExt,
         },
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::Once,
     time::{Duration, Instant},
 };
 
@@ -41,7 +42,7 @@ use ttrpc::{
     context,
 };
 
-use crate::command::eventually;
+use crate::{command::eventually, cpio};
 
 /// Where `make install` puts them in the lab.
 pub const VMM: &str = "/usr/local/lib/husk/husk-vmm";
@@ -455,6 +456,33 @@ impl Machine {
     pub fn hang_up(self) -> Process {
         self.process
     }
+}
+
+/// An initrd whose `/init` is the probe.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn probe_initrd() -> PathBuf {
+    static WRITTEN: Once = Once::new();
+    let path = PathBuf::from("/var/tmp/probe-initrd.img");
+    WRITTEN.call_once(|| {
+        let probe = std::fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
+        let file = File::create(&path).expect("create the initrd");
+        cpio::write_init(file, &probe).expect("write the initrd");
+    });
+    path
+}
+
+/// Runs what a test asks of machines.
+///
+/// # Panics
+/// When there can be no runtime.
+pub fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(future)
 }
 
 /// Says hello to the agent at the other end: the moment a pod could start.

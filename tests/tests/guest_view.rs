@@ -7,7 +7,7 @@ use husk_tests::{
     bare::{self, Act},
     command,
     ctr::{Container, PROBE_MOUNT, Run, Runtime},
-    machine::Machine,
+    machine::{Machine, block_on},
     settings::Settings,
 };
 
@@ -113,11 +113,7 @@ fn answers(acts: &[(Act, u32)]) -> String {
     let files = ["bare-kernel", "bare-initrd"].map(|name| Path::new("/var/tmp").join(name));
     fs::write(&files[0], bare::kernel(acts)).expect("write a kernel");
     fs::write(&files[1], "none").expect("write an initrd");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    let ended = runtime.block_on(async {
+    let ended = block_on(async {
         let mut machine = Machine::spawn()?;
         let _agent = machine.boot(&files[0], &files[1], 64, 1, "").await?;
         machine.wait().await

@@ -12,10 +12,11 @@ use anyhow::{Context, Result, bail, ensure};
 use husk_proto::machine::{ShareRequest, status_response::State, wait_response::Reason};
 use husk_tests::{
     census::Census,
-    command::PATIENCE,
-    cpio,
+    command::{PATIENCE, eventually},
     ctr::{Container, PROBE_MOUNT, Run, Runtime},
-    machine::{self, HOSTILE_DONE, HOSTILE_FAILED, KERNEL, Machine, Process},
+    machine::{
+        self, HOSTILE_DONE, HOSTILE_FAILED, KERNEL, Machine, Process, block_on, probe_initrd,
+    },
     steady::Steady,
 };
 
@@ -28,6 +29,9 @@ const THREADS: usize = 16;
 /// Of its log: a burst, and a line per second.
 const LOG_LINES: usize = 64 + PATIENCE.as_secs() as usize / 2 + 5;
 
+/// Of steady work, before the guest is let loose.
+const ROUNDS: u64 = 200;
+
 /// Of what the guest makes up.
 const SEED: u64 = 0x5eed;
 
@@ -39,28 +43,12 @@ enum End {
     Reason(Reason, String),
 }
 
-fn initrd() -> PathBuf {
-    let path = PathBuf::from("/var/tmp/hostile-initrd.img");
-    let probe = fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
-    let file = File::create(&path).expect("create the initrd");
-    cpio::write_init(file, &probe).expect("write the initrd");
-    path
-}
-
 /// A directory for the guest to do its worst in.
 fn playground() -> PathBuf {
     let path = PathBuf::from("/run/husk-hostile");
     fs::create_dir_all(&path).expect("create a directory");
     fs::write(path.join("hostile"), [b'x'; 5000]).expect("write a file");
     path
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
-        .block_on(future)
 }
 
 /// Has a guest perform `act` on `device`, and looks at its VMM.
@@ -146,7 +134,7 @@ fn bounded(pid: u32) -> Result<()> {
 
 /// Every one of `acts` on every device, with a word of how it ended.
 fn assert_survived(acts: &[&str], devices: &[&str]) {
-    let initrd = initrd();
+    let initrd = probe_initrd();
     let mut failures = Vec::new();
     for act in acts {
         for device in devices {
@@ -202,16 +190,18 @@ fn neighbours_do_not_notice() {
     let pods: Vec<_> = (0..3)
         .map(|_| Container::detached(Runtime::Husk, &flags, &args))
         .collect();
-    let look = || -> Vec<Steady> {
-        let look = |pod: &Container| pod.exec(&["cat", "/tmp/steady"]).ok();
+    // Nothing until each has said something.
+    let look = || -> Option<Vec<Steady>> {
+        let script = "cat /tmp/steady 2>/dev/null || true";
+        let look = |pod: &Container| pod.exec(&["sh", "-c", script]).ok();
         let texts = pods.iter().map(look);
-        texts
-            .map(|text| Steady::parse(&text).expect("its words"))
-            .collect()
+        texts.map(|text| Steady::parse(&text).ok()).collect()
     };
-    std::thread::sleep(Duration::from_secs(8));
-    let quiet = look();
-    let initrd = initrd();
+    // Long enough for a latency that says something.
+    let deadline = Instant::now() + PATIENCE;
+    let steady = || look().filter(|pods| pods.iter().all(|pod| pod.rounds >= ROUNDS));
+    let quiet = eventually(deadline, steady).expect("three steady pods");
+    let initrd = probe_initrd();
     let acts = [
         ("loops", "vsock"),
         ("requests", "vsock"),
@@ -223,7 +213,7 @@ fn neighbours_do_not_notice() {
         let end = perform(&initrd, act, device, SEED).expect(act);
         println!("{act} on {device}: {end:?}");
     }
-    let loud = look();
+    let loud = look().expect("three steady pods");
     for (quiet, loud) in quiet.iter().zip(&loud) {
         println!("before: {quiet:?}, beside the hostile guest: {loud:?}");
         assert_eq!((quiet.wrong, loud.wrong), (0, 0), "a sum came out wrong");

@@ -1,7 +1,7 @@
 //! husk-vmm says how a guest ended. The guest here is no agent but a probe that ends as it is told.
 
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -10,27 +10,7 @@ use std::{
 use husk_proto::machine::{
     PauseRequest, ResumeRequest, StopRequest, status_response::State, wait_response::Reason,
 };
-use husk_tests::{
-    cpio,
-    machine::{self, INITRD, KERNEL, Machine},
-};
-
-/// An initrd whose `/init` is the probe.
-fn probe_initrd() -> PathBuf {
-    let path = PathBuf::from("/var/tmp/probe-initrd.img");
-    let probe = fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
-    let file = File::create(&path).expect("create the initrd");
-    cpio::write_init(file, &probe).expect("write the initrd");
-    path
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime")
-        .block_on(future)
-}
+use husk_tests::machine::{self, INITRD, KERNEL, Machine, block_on, probe_initrd};
 
 /// Boots the probe with this on its command line: it must end so. The answer is the detail and the
 /// console.

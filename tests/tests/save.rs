@@ -4,8 +4,7 @@
 use std::{
     fs::{self, File},
     os::unix::{fs::FileExt, net::UnixStream},
-    path::{Path, PathBuf},
-    sync::Once,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -15,32 +14,15 @@ use husk_proto::{
     agent_ttrpc::AgentClient,
     machine::{ConnectRequest, Connection, ShareRequest},
 };
-use husk_tests::{
-    cpio,
-    machine::{self, Guest, INITRD, KERNEL, Machine, Report, Saved},
+use husk_tests::machine::{
+    self, Guest, INITRD, KERNEL, Machine, Report, Saved, block_on, probe_initrd,
 };
 
 const MEMORY_MIB: u64 = 128;
 
-/// An initrd whose `/init` is the probe.
-fn probe_initrd() -> PathBuf {
-    static WRITTEN: Once = Once::new();
-    let path = PathBuf::from("/var/tmp/serving-probe-initrd.img");
-    WRITTEN.call_once(|| {
-        let probe = fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
-        let file = File::create(&path).expect("create the initrd");
-        cpio::write_init(file, &probe).expect("write the initrd");
-    });
-    path
-}
-
 #[track_caller]
 fn run(test: impl Future<Output = Result<()>>) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .expect("a runtime");
-    if let Err(error) = runtime.block_on(test) {
+    if let Err(error) = block_on(test) {
         panic!("{error:#}");
     }
 }

@@ -15,6 +15,7 @@
 //! Every byte the guest can write is hostile. What a device cannot accept ends the pod with
 //! `DEVICE_ERROR`; it never panics and never touches memory outside the guest's.
 
+mod connection;
 pub mod descriptors;
 pub mod devices;
 pub mod fs;

@@ -11,14 +11,11 @@ use std::{
         fd::{FromRawFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    pin::Pin,
     sync::{Arc, Mutex, OnceLock, PoisonError},
-    task::{Context, Poll},
     thread,
 };
 
 use async_trait::async_trait;
-use futures_core::Stream;
 use husk_proto::{
     DESCRIPTOR_FD, MACHINE_FD,
     machine::{
@@ -31,7 +28,6 @@ use husk_proto::{
     machine_ttrpc::{Machine, create_machine},
 };
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::UnixStream,
     sync::{Notify, oneshot},
 };
@@ -42,6 +38,7 @@ use ttrpc::{
 };
 
 use crate::{
+    connection::{Connection, Once},
     descriptors::{DescriptorError, Descriptors},
     fs::{FileServer, ShareError},
     jail::{self, Role},
@@ -87,17 +84,14 @@ pub async fn serve_client(
 ) -> io::Result<()> {
     machine.set_nonblocking(true)?;
     let closed = Arc::new(Notify::new());
-    let connection = Connection {
-        stream: UnixStream::from_std(machine)?,
-        closed: Arc::clone(&closed),
-    };
+    let connection = Connection::new(UnixStream::from_std(machine)?, Arc::clone(&closed));
     let service = Arc::new(MachineService {
         descriptors: Mutex::new(Descriptors::new(channel)),
         files,
         vm: OnceLock::new(),
     });
     let mut server = Server::new()
-        .add_listener(Listener::new(Once(Some(connection))))
+        .add_listener(Listener::new(Once::new(connection)))
         .register_service(create_machine(service));
     server.start().await.map_err(io::Error::other)?;
     closed.notified().await;
@@ -437,81 +431,9 @@ fn status(code: Code, message: impl ToString) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(get_status(code, message))
 }
 
-/// The one connection, which tells when the client has closed it: when there is nothing more to be read,
-/// when an answer cannot be given any more, and when the server lets go of it for whatever reason.
-struct Connection {
-    stream: UnixStream,
-    closed: Arc<Notify>,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.closed.notify_one();
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
-        let over = match &result {
-            Poll::Ready(Ok(())) => buffer.filled().len() == before && buffer.remaining() > 0,
-            Poll::Ready(Err(_)) => true,
-            Poll::Pending => false,
-        };
-        if over {
-            self.closed.notify_one();
-        }
-        result
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
-        // The server reads no more after that, and first waits for the requests that are under way.
-        if matches!(result, Poll::Ready(Err(_))) {
-            self.closed.notify_one();
-        }
-        result
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// A listener that has accepted its one connection already, and waits for ever for another.
-struct Once<T>(Option<T>);
-
-impl<T: Unpin> Stream for Once<T> {
-    type Item = io::Result<T>;
-
-    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        match self.0.take() {
-            Some(connection) => Poll::Ready(Some(Ok(connection))),
-            None => Poll::Pending,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{os::fd::AsRawFd, time::Duration};
-
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use std::{os::fd::AsRawFd, pin::Pin};
 
     use super::*;
     use crate::descriptors::testing::{pair, send};
@@ -519,33 +441,6 @@ mod tests {
     fn runtime() -> tokio::runtime::Runtime {
         let mut builder = tokio::runtime::Builder::new_current_thread();
         builder.enable_all().build().unwrap()
-    }
-
-    /// The VMM must not outlive its client, however it notices.
-    #[test]
-    fn the_end_of_the_connection_shows_in_every_way() {
-        runtime().block_on(async {
-            for way in ["read", "write", "drop"] {
-                let (client, machine) = StdUnixStream::pair().unwrap();
-                machine.set_nonblocking(true).unwrap();
-                let closed = Arc::<Notify>::default();
-                let mut connection = Connection {
-                    stream: UnixStream::from_std(machine).unwrap(),
-                    closed: Arc::clone(&closed),
-                };
-                let notified =
-                    || tokio::time::timeout(Duration::from_millis(20), closed.notified());
-                connection.write_all(b"answer").await.unwrap();
-                assert!(notified().await.is_err(), "{way}");
-                drop(client);
-                match way {
-                    "read" => drop(connection.read(&mut [0; 8]).await),
-                    "write" => assert!(connection.write_all(b"answer").await.is_err()),
-                    _ => drop(connection),
-                }
-                assert!(notified().await.is_ok(), "{way}");
-            }
-        });
     }
 
     /// The client goes on after a refusal. Were its descriptors kept, they would stay open for good, and

@@ -5,6 +5,7 @@
 //! each one that was asked for, so page tables do not tell which they are.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io,
     os::unix::fs::FileExt,
@@ -129,27 +130,21 @@ fn mapping(line: &str, inode: u64) -> Option<(u64, u64, Option<u64>)> {
 }
 
 /// As machine.proto has it, of all runs and those of them that were there when the agent had answered: 16
-/// bytes per run, offset and length, little-endian.
+/// bytes per run, offset and length, little-endian. The early ones come first.
 pub(super) fn encode(early: &[Run], all: &[Run]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity((early.len() + all.len()) * 16);
-    let mut add = |offset: u64, end: u64, flags: u64| {
-        bytes.extend(offset.to_le_bytes());
-        bytes.extend(((end - offset) | flags).to_le_bytes());
+    let pages = |runs: &[Run]| -> BTreeSet<u64> {
+        let pages = |run: &Run| (run.offset..run.end()).step_by(PAGE as usize);
+        runs.iter().flat_map(pages).collect()
     };
-    for run in early {
-        add(run.offset, run.end(), WRITTEN | EARLY);
-    }
-    let mut early = early.iter().peekable();
-    for run in all {
-        let mut at = run.offset;
-        while let Some(there) = early.next_if(|there| there.offset < run.end()) {
-            if at < there.offset {
-                add(at, there.offset, WRITTEN);
-            }
-            at = at.max(there.end());
-        }
-        if at < run.end() {
-            add(at, run.end(), WRITTEN);
+    let early = pages(early);
+    let later = &pages(all) - &early;
+    let mut bytes = Vec::new();
+    for (pages, flags) in [(early, WRITTEN | EARLY), (later, WRITTEN)] {
+        let mut runs = Vec::new();
+        pages.into_iter().for_each(|page| add(&mut runs, page));
+        for run in runs {
+            bytes.extend(run.offset.to_le_bytes());
+            bytes.extend((run.length | flags).to_le_bytes());
         }
     }
     bytes

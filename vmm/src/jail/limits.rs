@@ -1,8 +1,8 @@
 //! Resource limits, and what makes the process opaque: no core dump, and nothing in one.
 
-use std::{fs, io, sync::atomic::Ordering};
+use std::{fs, io};
 
-use super::{ENTERED, JailError, check};
+use super::{JailError, check, threads};
 
 /// What no thread needs any of.
 const NONE: [(&str, libc::__rlimit_resource_t); 5] = [
@@ -41,7 +41,7 @@ pub(super) fn harden() -> Result<(), JailError> {
 /// # Errors
 /// The limit in force is lower.
 pub fn limit_memory(guest: u64) -> Result<(), JailError> {
-    match ENTERED.load(Ordering::SeqCst) {
+    match threads::in_jail() {
         true => limit(
             "setrlimit(RLIMIT_DATA)",
             libc::RLIMIT_DATA,

@@ -1,8 +1,8 @@
 //! The jail: what is left to a VMM whose guest has taken it over. It may harm its own pod, and nothing
 //! else. docs/security.md says the same in the operator's words, thread by thread.
 //!
-//! The shim clones the process into mount, pid, ipc and uts namespaces of its own, and puts it into
-//! the pod's network namespace. The rest happens here, before any thread exists, in the order that
+//! The shim clones the process into pid, ipc and uts namespaces of its own, and puts it into the pod's
+//! network namespace. The rest happens here, before any thread exists, in the order that
 //! works:
 //!
 //! 1. [`prepare`]: nothing inherited by accident; a user namespace is made, while the host's procfs
@@ -31,10 +31,7 @@ mod syscalls;
 mod threads;
 mod user;
 
-use std::{
-    io, ptr,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::{io, ptr};
 
 use husk_proto::DESCRIPTOR_FD;
 
@@ -50,9 +47,6 @@ pub struct JailError {
     step: &'static str,
     cause: io::Error,
 }
-
-/// Whether this process has entered. One that has not, such as a unit test's, confines no thread.
-static ENTERED: AtomicBool = AtomicBool::new(false);
 
 /// What was made outside and is needed to enter.
 pub struct Outside {
@@ -81,7 +75,6 @@ impl Outside {
     /// Names the step that the kernel refused.
     pub fn enter(self) -> Result<(), JailError> {
         self.leave_host()?;
-        ENTERED.store(true, Ordering::SeqCst);
         seccomp::install(seccomp::process())?;
         threads::start_nursery()?;
         threads::confine(Role::Service)

@@ -6,7 +6,10 @@
 //! A filter finds its call by halving, since the kernel tries each filter on every number there is when
 //! it is installed: by one comparison after the other, that took a start 2.3 ms more.
 
-use std::{collections::BTreeMap, process};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process,
+};
 
 use libc::{c_long, sock_filter, sock_fprog};
 
@@ -143,7 +146,7 @@ fn find_near(leaves: &[(u32, Program)], program: &mut Program) {
             find_near(lower, program);
             let over = program.len() - at - 1;
             if let Some(jump) = program.get_mut(at) {
-                jump.jt = over as u8;
+                jump.jt = near(over);
             }
             find_near(upper, program);
         }
@@ -155,15 +158,24 @@ fn finish(program: &mut Program, start: usize) {
     let allow = program.len();
     for (at, instruction) in program.iter_mut().enumerate().skip(start) {
         for jump in [&mut instruction.jt, &mut instruction.jf] {
-            // From behind the instruction; parts are short enough.
+            // From behind the instruction.
             match *jump {
-                ALLOW => *jump = (allow - at - 1) as u8,
-                DENY => *jump = (allow - at) as u8,
+                ALLOW => *jump = near(allow - at - 1),
+                DENY => *jump = near(allow - at),
                 _ => {}
             }
         }
     }
     program.extend([answer(libc::SECCOMP_RET_ALLOW), answer(KILL)]);
+}
+
+/// A distance within a part. One that is too far would let a call through that it should not: no VMM runs then.
+fn near(instructions: usize) -> u8 {
+    assert!(
+        instructions < usize::from(ALLOW),
+        "a seccomp filter's part is too long"
+    );
+    instructions as u8
 }
 
 /// One without conditions is allowed whatever other lists ask for.
@@ -179,10 +191,12 @@ fn one(call: c_long, asked: &[&'static [Condition]]) -> Program {
         return program;
     }
     // ioctl(2) has dozens of requests: its argument is looked at once for all of them.
-    let mut values: BTreeMap<u8, Vec<u32>> = BTreeMap::new();
+    let mut values: BTreeMap<u8, BTreeSet<u32>> = BTreeMap::new();
     for conditions in asked {
         match conditions {
-            [Condition::Is(index, value)] => values.entry(*index).or_default().push(*value),
+            [Condition::Is(index, value)] => {
+                values.entry(*index).or_default().insert(*value);
+            }
             conditions => program.extend(when(conditions)),
         }
     }

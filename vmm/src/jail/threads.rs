@@ -29,6 +29,11 @@ static NURSERY: OnceLock<mpsc::Sender<Birth>> = OnceLock::new();
 /// Its stack, in bytes.
 const STACK: usize = 128 << 10;
 
+/// Whether this process has entered the jail. One that has not, such as a unit test's, confines nothing.
+pub(super) fn in_jail() -> bool {
+    NURSERY.get().is_some()
+}
+
 /// Starts a thread with a role, from any thread. Outside of the jail it is an ordinary one.
 ///
 /// # Errors

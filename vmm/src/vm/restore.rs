@@ -194,8 +194,6 @@ impl Vm {
         if let Some(first) = vcpus.first() {
             let early = pages.iter().filter(|run| run.early);
             prefetch(&chassis, &first.fd, early);
-        }
-        if let Some(first) = vcpus.first() {
             clock::restore_kvmclock(&chassis.fd, &first.fd, clocks)
                 .map_err(RestoreError::Refused)?;
         }

@@ -2,13 +2,14 @@
 //!
 //! Samples of the two runtimes alternate, so that whatever drifts, drifts for both. Templates lie in
 //! memory, as everything else does there, and are built before the first sample. This file knows what is
-//! measured in which order; see `starts` (containers), `machines` (husk-vmm alone), `host` (what the
+//! measured in which order; see `starts` (containers), `stdio`, `machines` (husk-vmm alone), `host` (what the
 //! kernel counts), `timeline` (the shim's own account of a start) and `report`.
 
 mod host;
 mod machines;
 mod report;
 mod starts;
+mod stdio;
 mod timeline;
 
 use std::{
@@ -31,7 +32,7 @@ const TEMPLATES: &str = "/var/tmp/husk-bench-templates";
 fn main() -> ExitCode {
     let mut args = env::args().skip(1);
     let Some(report) = args.next() else {
-        eprintln!("usage: husk-bench REPORT.json [starts|exec|machines|pods...]");
+        eprintln!("usage: husk-bench REPORT.json [starts|exec|stdio|machines|pods...]");
         return ExitCode::from(2);
     };
     let wanted: Vec<String> = args.collect();
@@ -76,6 +77,10 @@ fn bench(path: &Path, wanted: &[String]) -> Result<()> {
     if wants("exec") {
         progress("exec");
         report.add([starts::exec()?]);
+    }
+    if wants("stdio") {
+        progress("stdio");
+        report.add([stdio::stdio()?]);
     }
     if wants("machines") {
         progress("vmm-boot, vmm-clone");

@@ -23,6 +23,7 @@ use crate::control::{ContainerPlan, Order, ProcessPlan};
 use crate::events::Events;
 use crate::fault::Fault;
 use crate::launch::{Launch, LaunchError, Start};
+use crate::oci_init::seccomp::Filter;
 use crate::process::{Added, Process, Stage};
 use crate::reaper::{Reaper, Status};
 use crate::spec::resources::Resources;
@@ -51,6 +52,8 @@ pub struct Container {
     namespaces: i32,
     /// As the specification has it, for what added processes do not say.
     defaults: spec::process::Process,
+    /// Of system calls, for added processes.
+    filter: Option<Filter>,
     init: Rc<Process>,
     added: RefCell<HashMap<String, Rc<Process>>>,
     /// OOM kills that the shim knows of.
@@ -71,6 +74,16 @@ fn born_into(spec: &Spec) -> i32 {
     .fold(0, |flags, (_, flag)| flags | flag)
 }
 
+/// One line for all that was asked for in vain.
+fn notice(id: &str, without_effect: &[String]) {
+    if !without_effect.is_empty() {
+        log::warn!(
+            "container {id}: accepted, and without effect in a guest: {}",
+            without_effect.join(", ")
+        );
+    }
+}
+
 impl Container {
     /// Prepares a container up to the gate of its init. Leaves nothing behind when it fails.
     pub async fn create(
@@ -84,9 +97,10 @@ impl Container {
         } else {
             &spec.linux.cgroups_path
         };
+        notice(id, &spec.without_effect());
         let cgroup = Cgroup::create(&ground.cgroups, path)?;
         match Self::launch(&ground, &cgroup, &spec, stdio).await {
-            Ok((init, exit)) => {
+            Ok((init, exit, filter)) => {
                 let mut namespaces = born_into(&spec);
                 if spec.has(NamespaceKind::Cgroup) {
                     namespaces |= libc::CLONE_NEWCGROUP;
@@ -97,6 +111,7 @@ impl Container {
                     cgroup,
                     namespaces,
                     defaults: spec.process,
+                    filter,
                     init,
                     added: RefCell::default(),
                     oom_kills: Cell::new(0),
@@ -121,7 +136,7 @@ impl Container {
         cgroup: &Cgroup,
         spec: &Spec,
         stdio: &Stdio,
-    ) -> Result<(Rc<Process>, oneshot::Receiver<Status>), Fault> {
+    ) -> Result<(Rc<Process>, oneshot::Receiver<Status>, Option<Filter>), Fault> {
         cgroup.apply(&spec.linux.resources)?;
         cgroup.filter_devices(&spec.linux.resources.devices)?;
         let attached = ground.arrivals.attach(stdio, spec.process.terminal).await?;
@@ -140,7 +155,7 @@ impl Container {
         let (mut launch, exit) = Launch::begin(start, &ground.reaper, &order).await?;
         // From here on, so that what the process holds alone is closed with it.
         let mut copying = ends.copy();
-        launch.ready().await?;
+        let filter = launch.ready().await?;
         if let Some(master) = launch.terminal() {
             copying
                 .terminal(master, terminal)
@@ -148,7 +163,7 @@ impl Container {
         }
         let init = Process::new("", Stage::Gated(Box::new(launch)));
         init.stream(copying);
-        Ok((init, exit))
+        Ok((init, exit, filter))
     }
 
     /// Sees a process's end, whenever it comes.
@@ -239,6 +254,7 @@ impl Container {
                 self.id
             )));
         }
+        notice(&self.id, &process.without_effect());
         process.inherit(&self.defaults);
         // Takes the id while the streams arrive.
         let record = Process::new(exec_id, Stage::Adding);
@@ -318,6 +334,7 @@ impl Container {
         let plan = ProcessPlan {
             process: added.process,
             namespaces: self.namespaces,
+            filter: self.filter.clone(),
         };
         let order = Order::Process(Box::new(plan));
         // The error of a process that dies with its container is the container's end.

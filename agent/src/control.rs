@@ -4,6 +4,7 @@
 //! terminal travels with its report as a descriptor. The end of `oci-init` is close-on-exec: after
 //! [`Report::Executing`], the end of the stream means that the container's program runs.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -19,13 +20,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::io::Interest;
 
+use crate::oci_init::seccomp::Filter;
 use crate::spec::Spec;
 use crate::spec::process::Process;
 
 /// An order holds a whole specification; one in a ttrpc message is below 4 MiB.
 const ORDER_LIMIT: usize = 16 << 20;
-/// A report is a few words.
-const REPORT_LIMIT: usize = 64 << 10;
+/// A report is a few words, or a filter of at most 4096 instructions.
+const REPORT_LIMIT: usize = 128 << 10;
 
 /// What the agent tells `oci-init`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -50,6 +52,8 @@ pub struct ProcessPlan {
     pub process: Process,
     /// `CLONE_NEW…` of the namespaces to join.
     pub namespaces: i32,
+    /// As the container's init has reported it.
+    pub filter: Option<Filter>,
 }
 
 /// What `oci-init` tells the agent.
@@ -62,7 +66,10 @@ pub enum Report {
     /// The terminal's master comes along.
     Terminal,
     /// Init: all is prepared; it waits for [`Order::Go`].
-    Ready,
+    Ready {
+        /// Of its system calls, for added processes.
+        filter: Option<Filter>,
+    },
     /// The next thing is execve.
     Executing,
     Failed {
@@ -100,8 +107,9 @@ fn frame(message: &impl Serialize) -> Result<Vec<u8>, ControlError> {
     Ok(bytes)
 }
 
-/// The end of `oci-init`: blocking, single-threaded.
-pub struct Helper(UnixStream);
+/// The end of `oci-init`: blocking, single-threaded. A file, so that the calls are read and write: a seccomp
+/// profile may be in force that allows these and not those of sockets.
+pub struct Helper(File);
 
 impl Helper {
     pub fn new(socket: OwnedFd) -> Self {

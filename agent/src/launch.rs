@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::control::{Blame, Control, ControlError, Order, Report};
 use crate::fault::Fault;
+use crate::oci_init::seccomp::Filter;
 use crate::reaper::{Reaper, Status};
 use crate::sys::{self, Forked, Program};
 
@@ -148,10 +149,10 @@ impl Launch {
         }
     }
 
-    /// Waits until a container's init is prepared.
-    pub async fn ready(&mut self) -> Result<(), LaunchError> {
+    /// Waits until a container's init is prepared; its filter of system calls.
+    pub async fn ready(&mut self) -> Result<Option<Filter>, LaunchError> {
         match self.report().await? {
-            Report::Ready => Ok(()),
+            Report::Ready { filter } => Ok(filter),
             other => Err(LaunchError::Report(other)),
         }
     }

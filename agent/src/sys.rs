@@ -397,3 +397,99 @@ pub fn attach_device_program(cgroup: BorrowedFd, program: &[Instruction]) -> io:
     })
     .map(drop)
 }
+
+/// `struct sock_filter`: an instruction of classic BPF.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(into = "u64", from = "u64")]
+pub struct FilterInstruction {
+    pub code: u16,
+    pub jt: u8,
+    pub jf: u8,
+    pub k: u32,
+}
+
+impl From<u64> for FilterInstruction {
+    fn from(bytes: u64) -> Self {
+        Self::from(&bytes.to_ne_bytes())
+    }
+}
+
+impl From<FilterInstruction> for u64 {
+    fn from(instruction: FilterInstruction) -> Self {
+        let [c0, c1] = instruction.code.to_ne_bytes();
+        let [k0, k1, k2, k3] = instruction.k.to_ne_bytes();
+        Self::from_ne_bytes([c0, c1, instruction.jt, instruction.jf, k0, k1, k2, k3])
+    }
+}
+
+impl From<&[u8; 8]> for FilterInstruction {
+    /// As in memory, which is how libseccomp exports it.
+    fn from(&[c0, c1, jt, jf, k0, k1, k2, k3]: &[u8; 8]) -> Self {
+        Self {
+            code: u16::from_ne_bytes([c0, c1]),
+            jt,
+            jf,
+            k: u32::from_ne_bytes([k0, k1, k2, k3]),
+        }
+    }
+}
+
+/// seccomp(2), SECCOMP_SET_MODE_FILTER, for this thread and what it executes.
+pub fn filter_calls(program: &[FilterInstruction], flags: u64) -> io::Result<()> {
+    /// `struct sock_fprog`.
+    #[repr(C)]
+    struct Program {
+        length: u16,
+        instructions: *const FilterInstruction,
+    }
+    let program = Program {
+        length: u16::try_from(program.len()).map_err(io::Error::other)?,
+        instructions: program.as_ptr(),
+    };
+    // SAFETY: the program and its instructions, of the length that is said, outlive the call.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            flags,
+            &raw const program,
+        )
+    })
+    .map(drop)
+}
+
+/// `struct sched_attr` of sched_setattr(2).
+#[repr(C)]
+#[derive(Debug, Default, Clone, Copy)]
+pub struct SchedulerAttributes {
+    pub size: u32,
+    pub policy: u32,
+    pub flags: u64,
+    pub nice: i32,
+    pub priority: u32,
+    pub runtime: u64,
+    pub deadline: u64,
+    pub period: u64,
+    pub utilisation_minimum: u32,
+    pub utilisation_maximum: u32,
+}
+
+/// sched_setattr(2) for this process; `size` is filled in.
+pub fn set_scheduler(attributes: &SchedulerAttributes) -> io::Result<()> {
+    let attributes = SchedulerAttributes {
+        size: size_of::<SchedulerAttributes>() as u32,
+        ..*attributes
+    };
+    // SAFETY: the attributes say their own size and outlive the call.
+    check(unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) }).map(drop)
+}
+
+/// ioprio_set(2) for this process: class and level.
+pub fn set_io_priority(class: u16, level: u16) -> io::Result<()> {
+    const IOPRIO_WHO_PROCESS: c_int = 1;
+    const IOPRIO_CLASS_SHIFT: u32 = 13;
+    let value = c_int::from(class) << IOPRIO_CLASS_SHIFT | c_int::from(level);
+    // SAFETY: numbers alone.
+    check(unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, value) }).map(drop)
+}

@@ -2,6 +2,7 @@
 //! a real containerd; see `docs/lab.md`.
 
 pub mod bare;
+pub mod bundle;
 pub mod census;
 pub mod command;
 pub mod containerd;

@@ -250,15 +250,6 @@ fn the_hosts_network_is_refused_by_name() {
     assert_fails(&Run::husk(&["true"]).flags(&["--net-host"]), &["network"]);
 }
 
-/// A field that husk does not act on is refused, not dropped.
-#[test]
-fn an_unsupported_field_is_named() {
-    assert_fails(
-        &Run::husk(&["true"]).flags(&["--seccomp"]),
-        &["linux.seccomp"],
-    );
-}
-
 /// Its number would be somebody else's in the guest.
 #[test]
 fn a_device_of_the_host_is_refused_by_name() {

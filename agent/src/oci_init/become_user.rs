@@ -54,11 +54,7 @@ pub(super) fn limit(process: &Process) -> Result<(), Failure> {
 pub(super) fn become_user(process: &Process) -> Result<Vec<String>, Failure> {
     let entered = enter(&process.cwd, true)?;
     let wanted = process.capabilities.clone().unwrap_or_default();
-    let set = |names: &[String]| {
-        bits(names)
-            .map_err(|name| Failure::request(format!("process.capabilities: {name:?} is unknown")))
-    };
-    bound(set(&wanted.bounding)?)?;
+    bound(bits(&wanted.bounding))?;
     set_keep_capabilities(true).guest(|| "keep capabilities".into())?;
     own_streams(process.user.uid)?;
     let user = &process.user;
@@ -83,11 +79,11 @@ pub(super) fn become_user(process: &Process) -> Result<Vec<String>, Failure> {
     set_keep_capabilities(false).guest(|| "stop keeping capabilities".into())?;
     take(
         &CapabilitySets {
-            effective: set(&wanted.effective)?,
-            permitted: set(&wanted.permitted)?,
-            inheritable: set(&wanted.inheritable)?,
+            effective: bits(&wanted.effective),
+            permitted: bits(&wanted.permitted),
+            inheritable: bits(&wanted.inheritable),
         },
-        set(&wanted.ambient)?,
+        bits(&wanted.ambient),
     )?;
     Ok(environment(process))
 }
@@ -126,8 +122,13 @@ fn take(sets: &CapabilitySets, ambient: CapabilitySet) -> Result<(), Failure> {
     set_capabilities(None, *sets).request(|| "process.capabilities: set".into())?;
     clear_ambient_capability_set().guest(|| "process.capabilities.ambient: clear".into())?;
     for capability in ambient.iter() {
-        configure_capability_in_ambient_set(capability, true)
-            .request(|| format!("process.capabilities.ambient: raise {capability:?}"))?;
+        match configure_capability_in_ambient_set(capability, true).map_err(io::Error::from) {
+            // Not inheritable and permitted: runc goes on, and the agent has put it into the log.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {}
+            other => {
+                other.request(|| format!("process.capabilities.ambient: raise {capability:?}"))?
+            }
+        }
     }
     Ok(())
 }

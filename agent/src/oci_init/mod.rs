@@ -13,6 +13,8 @@ mod inside;
 mod mount_options;
 mod mounts;
 mod rootfs;
+mod scheduling;
+pub mod seccomp;
 
 use std::ffi::CString;
 use std::fs;
@@ -27,6 +29,7 @@ use crate::spec::{NamespaceKind, Spec};
 use crate::sys::{self, Forked};
 
 use failure::{Explain, Failure};
+use seccomp::Filter;
 
 /// Descriptors beside 0, 1 and 2 that `launch` gives.
 const CONTROL: i32 = 3;
@@ -94,14 +97,20 @@ fn container(
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(
         spec.process.user.umask.unwrap_or(0o022),
     ));
-    let program = confine(&spec.process)?;
-    helper.report(&Report::Ready)?;
+    let filter = spec.linux.seccomp.as_ref().map(seccomp::compile);
+    let filter = filter.transpose()?.flatten();
+    let program = confine(&spec.process, filter.as_ref())?;
+    helper.report(&Report::Ready {
+        filter: filter.clone(),
+    })?;
     wait_for_go(helper)?;
     execute(helper, program)
 }
 
 /// A process added to a container. It was born into the agent's namespaces and the container's cgroup.
 fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infallible, Failure> {
+    let affinity = plan.process.exec_cpu_affinity.clone().unwrap_or_default();
+    scheduling::pin("initial", &affinity.initial)?;
     score_oom(&plan.process)?;
     {
         // SAFETY: `launch` has put the pidfd there, and nothing in this process owns it yet.
@@ -120,6 +129,7 @@ fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infa
         }
         Forked::Child => {}
     }
+    scheduling::pin("final", &affinity.last)?;
     rustix::process::setsid().guest(|| "make a session".into())?;
     wait_for_go(helper)?;
     if plan.process.terminal {
@@ -128,7 +138,7 @@ fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infa
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(
         plan.process.user.umask.unwrap_or(0o022),
     ));
-    let program = confine(&plan.process)?;
+    let program = confine(&plan.process, plan.filter.as_ref())?;
     execute(helper, program)
 }
 
@@ -165,18 +175,27 @@ fn name_host(spec: &Spec) -> Result<(), Failure> {
 }
 
 /// What is to be executed, when nothing can be allocated or looked up any more.
-struct Program {
+struct Program<'a> {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
+    /// To be loaded as the last thing.
+    filter: Option<&'a Filter>,
 }
 
 /// Limits, privileges, user and directory, in runc's order; the last of it finds the program as the
 /// user it is for.
-fn confine(process: &Process) -> Result<Program, Failure> {
+fn confine<'a>(process: &Process, mut filter: Option<&'a Filter>) -> Result<Program<'a>, Failure> {
     // Everything but the standard streams; the control socket until execve, which tells of success.
     sys::close_on_exec_from(3).guest(|| "mark descriptors close-on-exec".into())?;
     become_user::limit(process)?;
+    scheduling::schedule(process)?;
+    if process.no_new_privileges != Some(true) {
+        // Loading takes a capability that goes next: the profile has to allow what is left to do here.
+        if let Some(filter) = filter.take() {
+            filter.load()?;
+        }
+    }
     let env = become_user::become_user(process)?;
     let path = find::program(&process.args, &env)?;
     let strings = |list: &[String]| {
@@ -189,12 +208,16 @@ fn confine(process: &Process) -> Result<Program, Failure> {
         path: CString::new(path).map_err(nul)?,
         args: strings(&process.args).map_err(nul)?,
         env: strings(&env).map_err(nul)?,
+        filter,
     })
 }
 
-fn execute(helper: &mut Helper, program: Program) -> Result<std::convert::Infallible, Failure> {
+fn execute(helper: &mut Helper, program: Program<'_>) -> Result<std::convert::Infallible, Failure> {
     helper.report(&Report::Executing)?;
     sys::reset_signals();
+    if let Some(filter) = program.filter {
+        filter.load()?;
+    }
     let error = sys::execve(&program.path, &program.args, &program.env);
     Err::<std::convert::Infallible, _>(error)
         .request(|| format!("exec {}", program.path.to_string_lossy()))

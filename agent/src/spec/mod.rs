@@ -6,6 +6,8 @@
 
 pub mod process;
 pub mod resources;
+pub mod scheduling;
+pub mod seccomp;
 pub mod unset;
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,7 +18,8 @@ use thiserror::Error;
 
 use process::Process;
 use resources::Resources;
-use unset::Unset;
+use seccomp::Seccomp;
+use unset::{Ignored, Unset};
 
 /// What is wrong with a specification, and where.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -110,6 +113,8 @@ pub struct Linux {
     pub readonly_paths: Vec<String>,
     #[serde(default, deserialize_with = "or_default")]
     pub sysctl: BTreeMap<String, String>,
+    #[serde(default)]
+    pub seccomp: Option<Seccomp>,
 
     #[serde(default, skip_serializing)]
     pub uid_mappings: Unset,
@@ -120,13 +125,13 @@ pub struct Linux {
     #[serde(default, skip_serializing)]
     pub net_devices: Unset,
     #[serde(default, skip_serializing)]
-    pub seccomp: Unset,
-    #[serde(default, skip_serializing)]
     pub rootfs_propagation: Unset,
+    /// The guest has no such security module.
     #[serde(default, skip_serializing)]
-    pub mount_label: Unset,
+    pub mount_label: Ignored,
+    /// Cache and bandwidth are the host's to share out; the guest's processor has no resource control.
     #[serde(default, skip_serializing)]
-    pub intel_rdt: Unset,
+    pub intel_rdt: Ignored,
     #[serde(default, skip_serializing)]
     pub memory_policy: Unset,
     #[serde(default, skip_serializing)]
@@ -207,6 +212,20 @@ impl Spec {
             .any(|namespace| namespace.kind == kind)
     }
 
+    /// What is asked for and has no effect in a guest, for the log.
+    pub fn without_effect(&self) -> Vec<String> {
+        let mut list = self.process.without_effect();
+        for (Ignored(set), name) in [
+            (self.linux.mount_label, "linux.mountLabel"),
+            (self.linux.intel_rdt, "linux.intelRdt"),
+        ] {
+            if set {
+                list.push(name.into());
+            }
+        }
+        list
+    }
+
     /// Checks what the types do not say; to be called once, before anything is done.
     pub fn validate(&self) -> Result<(), Problem> {
         self.process.validate("process")?;
@@ -270,6 +289,9 @@ impl Spec {
             .any(|part| part == ".." || part.contains('\0'))
         {
             return Err(Problem::new("linux.cgroupsPath", "must not contain .."));
+        }
+        if let Some(seccomp) = &self.linux.seccomp {
+            seccomp.validate("linux.seccomp")?;
         }
         self.linux
             .sysctl

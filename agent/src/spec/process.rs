@@ -9,7 +9,8 @@ use rustix::process::Resource;
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
-use super::unset::Unset;
+use super::scheduling::{CpuAffinity, IoPriority, Scheduler};
+use super::unset::{Ignored, Unset};
 use super::{Problem, or_default};
 
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -40,18 +41,21 @@ pub struct Process {
     #[serde(default)]
     pub oom_score_adj: Option<i32>,
 
+    #[serde(default)]
+    pub scheduler: Option<Scheduler>,
+    #[serde(default)]
+    pub io_priority: Option<IoPriority>,
+    /// Of added processes; in the container's own process, for those that do not say.
+    #[serde(default, rename = "execCPUAffinity")]
+    pub exec_cpu_affinity: Option<CpuAffinity>,
+
+    /// The guest has no such security module.
+    #[serde(default, skip_serializing)]
+    pub apparmor_profile: Ignored,
+    #[serde(default, skip_serializing)]
+    pub selinux_label: Ignored,
     #[serde(default, skip_serializing)]
     pub command_line: Unset,
-    #[serde(default, skip_serializing)]
-    pub apparmor_profile: Unset,
-    #[serde(default, skip_serializing)]
-    pub selinux_label: Unset,
-    #[serde(default, skip_serializing)]
-    pub scheduler: Unset,
-    #[serde(default, skip_serializing)]
-    pub io_priority: Unset,
-    #[serde(default, skip_serializing, rename = "execCPUAffinity")]
-    pub exec_cpu_affinity: Unset,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize, Serialize)]
@@ -72,9 +76,9 @@ pub struct User {
     pub umask: Option<u32>,
     #[serde(default, deserialize_with = "or_default")]
     pub additional_gids: Vec<u32>,
-    /// Names are Windows' (specification, "User"); on Linux the client resolves them.
+    /// Names are Windows' (specification, "User"); on Linux the client resolves them, and runc looks at none.
     #[serde(default, skip_serializing)]
-    pub username: Unset,
+    pub username: Ignored,
 }
 
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -112,6 +116,48 @@ impl Process {
         }
         self.no_new_privileges = self.no_new_privileges.or(init.no_new_privileges);
         self.oom_score_adj = self.oom_score_adj.or(init.oom_score_adj);
+        self.user.umask = self.user.umask.or(init.user.umask);
+        if self.scheduler.is_none() {
+            self.scheduler = init.scheduler.clone();
+        }
+        if self.io_priority.is_none() {
+            self.io_priority = init.io_priority.clone();
+        }
+        if self.exec_cpu_affinity.is_none() {
+            self.exec_cpu_affinity = init.exec_cpu_affinity.clone();
+        }
+    }
+
+    /// What is asked for and has no effect, for the log; the names of fields.
+    pub fn without_effect(&self) -> Vec<String> {
+        let mut list = Vec::new();
+        for (Ignored(set), name) in [
+            (self.apparmor_profile, "process.apparmorProfile"),
+            (self.selinux_label, "process.selinuxLabel"),
+            (self.user.username, "process.user.username"),
+        ] {
+            if set {
+                list.push(name.into());
+            }
+        }
+        let Some(capabilities) = &self.capabilities else {
+            return list;
+        };
+        for (set, names) in capabilities.sets() {
+            for name in unknown(names) {
+                list.push(format!("process.capabilities.{set}: {name:?}"));
+            }
+        }
+        let (may, must) = (
+            bits(&capabilities.inheritable),
+            bits(&capabilities.permitted),
+        );
+        for refused in (bits(&capabilities.ambient) - (may & must)).iter() {
+            list.push(format!(
+                "process.capabilities.ambient: {refused:?}, which is not inheritable and permitted too"
+            ));
+        }
+        list
     }
 
     /// Checks what the types do not say. `at` is the object's own path in the document.
@@ -167,15 +213,14 @@ impl Process {
                 ));
             }
         }
-        if let Some(capabilities) = &self.capabilities {
-            for (set, names) in capabilities.sets() {
-                bits(names).map_err(|name| {
-                    Problem::new(
-                        field(&format!("capabilities.{set}")),
-                        format!("{name:?} is unknown"),
-                    )
-                })?;
-            }
+        if let Some(scheduler) = &self.scheduler {
+            scheduler.validate(&field("scheduler"))?;
+        }
+        if let Some(priority) = &self.io_priority {
+            priority.validate(&field("ioPriority"))?;
+        }
+        if let Some(affinity) = &self.exec_cpu_affinity {
+            affinity.validate(&field("execCPUAffinity"))?;
         }
         match self.oom_score_adj {
             Some(value) if !(-1000..=1000).contains(&value) => Err(Problem::new(
@@ -199,12 +244,17 @@ impl Capabilities {
     }
 }
 
-/// The set of capabilities named `CAP_…`; the first unknown name otherwise.
-pub fn bits(names: &[String]) -> Result<CapabilitySet, &str> {
-    names.iter().try_fold(CapabilitySet::empty(), |set, name| {
-        let known = name.strip_prefix("CAP_").and_then(CapabilitySet::from_name);
-        known.map(|bit| set | bit).ok_or(name.as_str())
-    })
+fn known(name: &str) -> Option<CapabilitySet> {
+    name.strip_prefix("CAP_").and_then(CapabilitySet::from_name)
+}
+
+/// The set of capabilities named `CAP_…`; what is unknown is left out, as with runc.
+pub fn bits(names: &[String]) -> CapabilitySet {
+    names.iter().filter_map(|name| known(name)).collect()
+}
+
+fn unknown(names: &[String]) -> impl Iterator<Item = &String> {
+    names.iter().filter(|name| known(name).is_none())
 }
 
 impl Rlimit {

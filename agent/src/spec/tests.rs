@@ -52,20 +52,11 @@ fn every_field_nobody_acts_on_is_refused_by_name() {
         "vm",
         "zos",
         "process.commandLine",
-        "process.apparmorProfile",
-        "process.selinuxLabel",
-        "process.scheduler",
-        "process.ioPriority",
-        "process.execCPUAffinity",
-        "process.user.username",
         "linux.uidMappings",
         "linux.gidMappings",
         "linux.timeOffsets",
         "linux.netDevices",
-        "linux.seccomp",
         "linux.rootfsPropagation",
-        "linux.mountLabel",
-        "linux.intelRdt",
         "linux.memoryPolicy",
         "linux.personality",
         "linux.resources.blockIO",
@@ -115,11 +106,6 @@ fn wrong_values_are_named() {
             "/process/rlimits",
             json!([{"type": "RLIMIT_CPU", "hard": 1, "soft": 2}]),
             "process.rlimits",
-        ),
-        (
-            "/process/capabilities/ambient",
-            json!(["CAP_FLY"]),
-            "process.capabilities.ambient",
         ),
         ("/process/user/uid", json!(-1), "process.user.uid"),
         ("/root/path", json!("rootfs"), "root.path"),
@@ -207,4 +193,39 @@ fn an_added_process_inherits_what_it_does_not_say() {
     assert_eq!(process.no_new_privileges, Some(true));
     assert_eq!(process.rlimits.len(), 1);
     assert!(process.capabilities.is_some());
+}
+
+#[test]
+fn what_has_no_effect_is_accepted_and_named() {
+    let mut spec = document();
+    assert!(
+        parse::<Spec>(CTR.as_bytes())
+            .unwrap()
+            .without_effect()
+            .is_empty()
+    );
+    spec["process"]["apparmorProfile"] = "docker-default".into();
+    spec["process"]["selinuxLabel"] = "system_u:system_r:svirt_lxc_net_t:s0".into();
+    spec["process"]["user"]["username"] = "root".into();
+    spec["process"]["capabilities"]["bounding"] = serde_json::json!(["CAP_CHOWN", "CAP_FLY"]);
+    spec["process"]["capabilities"]["ambient"] = serde_json::json!(["CAP_SYS_ADMIN"]);
+    spec["linux"]["mountLabel"] = "x".into();
+    spec["linux"]["intelRdt"] = serde_json::json!({"closID": "a"});
+    let spec: Spec = parse(&serde_json::to_vec(&spec).unwrap()).unwrap();
+    spec.validate().unwrap();
+    let list = spec.without_effect();
+    for name in [
+        "process.apparmorProfile",
+        "process.selinuxLabel",
+        "process.user.username",
+        "process.capabilities.bounding: \"CAP_FLY\"",
+        "linux.mountLabel",
+        "linux.intelRdt",
+    ] {
+        assert!(list.iter().any(|entry| entry == name), "{name}: {list:?}");
+    }
+    assert!(
+        list.iter().any(|entry| entry.contains("ambient")),
+        "{list:?}"
+    );
 }

@@ -1,4 +1,5 @@
-//! `Unset`: the type of every field of the specification that the agent does not act on.
+//! `Unset`: the type of every field of the specification that the agent does not act on; `Ignored`: of those that
+//! mean nothing in a guest, and are accepted with a notice.
 //!
 //! It reads what means "not set" (absent, null, false, 0, empty) and refuses everything else, so that
 //! such a field is never dropped in silence. The path of the field is added by the reader
@@ -20,6 +21,17 @@ impl<'de> Deserialize<'de> for Unset {
             Empty(true) => Ok(Unset),
             Empty(false) => Err(Error::custom("is set, and husk does not support it yet")),
         }
+    }
+}
+
+/// A field that is accepted and has no effect in a guest: whether it is set. Whoever owns it says so in the log.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Ignored(pub bool);
+
+impl<'de> Deserialize<'de> for Ignored {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Empty(empty) = Empty::deserialize(deserializer)?;
+        Ok(Ignored(!empty))
     }
 }
 
@@ -90,6 +102,7 @@ mod tests {
             "{\"a\":null,\"b\":{\"c\":[]}}",
         ] {
             assert!(serde_json::from_str::<Unset>(text).is_ok(), "{text}");
+            assert!(!serde_json::from_str::<Ignored>(text).unwrap().0, "{text}");
         }
     }
 
@@ -106,6 +119,7 @@ mod tests {
         ] {
             let error = serde_json::from_str::<Unset>(text).expect_err(text);
             assert!(error.to_string().contains("is set"), "{text}: {error}");
+            assert!(serde_json::from_str::<Ignored>(text).unwrap().0, "{text}");
         }
     }
 }

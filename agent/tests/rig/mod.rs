@@ -610,7 +610,7 @@ fn make_image(path: &Path) -> Result<(), String> {
         for applet in [
             "sh", "cat", "echo", "sleep", "ls", "id", "grep", "true", "yes", "head", "tr", "tty",
             "stty", "wc", "ps", "hostname", "readlink", "mknod", "touch", "mkdir", "kill", "pwd",
-            "test", "cut",
+            "test", "cut", "chmod",
         ] {
             fs::hard_link(path.join("bin/busybox"), path.join("bin").join(applet))?;
         }

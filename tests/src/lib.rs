@@ -8,6 +8,7 @@ pub mod command;
 pub mod containerd;
 pub mod cpio;
 pub mod ctr;
+pub mod events;
 pub mod machine;
 pub mod settings;
 pub mod steady;

@@ -26,8 +26,9 @@ use crate::{
     stage::{Needs, Stage},
 };
 
-/// Tests that have no pod that containerd starts, or that see to templates themselves.
-const WITHOUT_CLONES: [&str; 4] = ["machine", "save", "clones", "hostile"];
+/// Tests that have no pod that containerd starts, that see to templates themselves, or whose long work is the guest's
+/// however it has started.
+const WITHOUT_CLONES: [&str; 5] = ["machine", "save", "clones", "hostile", "processes"];
 /// The containerd that pods boot under, and the one that clones start under.
 const BOOTS_ON: Version = Version::V2_1;
 const CLONES_ON: Version = Version::V1_7;

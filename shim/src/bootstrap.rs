@@ -45,7 +45,8 @@ pub fn start(invocation: &Invocation) -> Result<String> {
     );
     let answer = format!("unix://{}", socket.display());
     // containerd 1.7 reads it after a restart, in grouped bundles too.
-    write_address(&answer).context("write the file address in the bundle")?;
+    record::replace(Path::new("address"), answer.as_bytes())
+        .context("write the file address in the bundle")?;
 
     let directory = |id: &str| record::directory(Path::new(RECORDS), &invocation.namespace, id);
     let write = |id: &str, record: &Record| {
@@ -91,11 +92,6 @@ fn note(group: &str, socket: &Path) -> Result<Record> {
         vmm: None,
         cgroups: Vec::new(),
     })
-}
-
-fn write_address(answer: &str) -> std::io::Result<()> {
-    fs::write(".address", answer)?;
-    fs::rename(".address", "address")
 }
 
 /// Executes ourselves in serve mode, with the socket as stdin, the runtime options to be read from

@@ -20,13 +20,15 @@ use crate::{
     args::Invocation,
     cgroup,
     events::timestamp,
-    mount,
+    hooks, mount,
     process::KILLED_STATUS,
     record::{self, ProcessId, RECORDS, Record},
 };
 
 /// For both processes to end, of the 5 s that containerd allows.
 const LIMIT: Duration = Duration::from_secs(3);
+/// For the hooks that a container's shim has left to be run.
+const HOOKS: Duration = Duration::from_millis(1500);
 
 /// Cleans up and returns what to print: a protobuf `DeleteResponse`.
 pub fn delete(invocation: &Invocation) -> Result<Vec<u8>> {
@@ -52,6 +54,7 @@ fn delete_in(records: &Path, invocation: &Invocation) -> Result<Vec<u8>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => eprintln!("record in {}: {e}", directory.display()),
     }
+    hooks::run_due(&directory, HOOKS);
     record::remove(&directory)?;
     let bundle = invocation.bundle.as_deref().unwrap_or(Path::new(""));
     unmount_rootfs(&bundle.join("rootfs"));

@@ -12,6 +12,7 @@ use containerd_shim_protos::events::task::TaskExit;
 use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
+    hooks::{Hooks, Subject},
     process::{Exit, KILLED_STATUS, Process},
     timeline::Timeline,
 };
@@ -37,6 +38,8 @@ pub struct Container {
     pub deleting: bool,
     /// Nothing of it is left in the guest.
     pub gone: bool,
+    /// Those of the host that are to be run for it, from the moment on at which the first is.
+    pub hooks: Arc<Hooks>,
     /// Of its start.
     pub timeline: Arc<Timeline>,
     /// When containerd was last told that it was out of memory.
@@ -58,9 +61,19 @@ impl Container {
             paused: false,
             deleting: false,
             gone: false,
+            hooks: Arc::default(),
             timeline: Arc::default(),
             oom_told: None,
             held: None,
+        }
+    }
+
+    /// What its hooks are told of it.
+    pub fn subject(&self) -> Subject {
+        Subject {
+            id: self.id.clone(),
+            bundle: self.bundle.clone().into(),
+            pid: self.pid,
         }
     }
 

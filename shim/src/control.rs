@@ -20,6 +20,7 @@ use crate::{
     args::is_identifier,
     events::{TaskEvent, timestamp},
     fault::Fault,
+    hooks::Kind,
     pod::{ANSWER, DRAIN, Pod},
     process::{Exit, Process, UNKNOWN_STATUS},
     stdio::{self, Paths},
@@ -108,8 +109,46 @@ fn limited() -> context::Context {
 }
 
 impl Pod {
-    /// `Start` of the init (`""`) or an exec. Returns the pid that containerd is told.
-    pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, Fault> {
+    /// `Start` of the init (`""`) or an exec. Returns the pid that containerd is told. Hooks get `patience`.
+    pub async fn start(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &str,
+        patience: Duration,
+    ) -> Result<u32, Fault> {
+        let pid = self.start_process(id, exec).await?;
+        if exec.is_empty() {
+            self.run_poststart(id, patience).await?;
+        }
+        Ok(pid)
+    }
+
+    /// The hooks that are run once a container's program runs, which is killed if one fails: so says the
+    /// specification from 1.2.1 on, and so did runc whatever it said.
+    async fn run_poststart(self: &Arc<Self>, id: &str, patience: Duration) -> Result<(), Fault> {
+        let hooks = self.with(id, |container| {
+            Ok((container.hooks.clone(), container.subject()))
+        });
+        // Deleted meanwhile, by somebody who did not wait for the answer.
+        let Ok((hooks, subject)) = hooks else {
+            return Ok(());
+        };
+        let ran = hooks.run(Kind::Poststart, &subject, patience).await;
+        let Err(failed) = ran else {
+            return Ok(());
+        };
+        let killed = self.kill(id, "", libc::SIGKILL.unsigned_abs(), true).await;
+        match killed {
+            // It has ended by itself, or is gone.
+            Err(fault) if fault.code != Code::NOT_FOUND => {
+                log::warn!("kill container {id}, whose hook has failed: {fault}");
+            }
+            _ => {}
+        }
+        Err(Fault::new(Code::UNKNOWN, failed))
+    }
+
+    async fn start_process(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, Fault> {
         self.with(id, |container| {
             if !exec.is_empty() && container.init.exit().is_some() {
                 return Err(Fault::precondition(format_args!(

@@ -11,6 +11,7 @@ use ttrpc::{Code, context};
 use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
+    hooks::{self, Kind},
     pod::{ANSWER, Containers, DRAIN, Pod},
     record,
     vm::Vm,
@@ -37,12 +38,28 @@ impl Containers {
 
 impl Pod {
     /// Takes back a `Create` that failed.
-    pub(crate) async fn abandon(self: &Arc<Self>, id: &str) {
+    pub(crate) async fn abandon(self: &Arc<Self>, id: &str, patience: Duration) {
         if let Some(vm) = self.vm() {
             self.remove_from_guest(vm, id).await;
         }
+        self.run_last_hooks(id, patience).await;
         self.containers().by_id.remove(id);
         self.linger(LINGER);
+    }
+
+    /// The hooks that are run when nothing of a container is left in the guest. They cannot change that it is
+    /// going, and nobody but the log is told if they fail.
+    async fn run_last_hooks(&self, id: &str, patience: Duration) {
+        let hooks = self.with(id, |container| {
+            Ok((std::mem::take(&mut container.hooks), container.subject()))
+        });
+        if let Ok((hooks, subject)) = hooks {
+            if !hooks.is_empty() {
+                // First: run twice would be worse than cut short.
+                hooks::forget_due(&self.record_of(id));
+                hooks.run_all(Kind::Poststop, &subject, patience).await;
+            }
+        }
     }
 
     /// Takes a container out of the guest, and the guest away if it was the last.
@@ -78,8 +95,12 @@ impl Pod {
         }
     }
 
-    /// `Delete` of a container whose init has ended.
-    pub async fn delete(self: &Arc<Self>, id: &str) -> Result<DeleteResponse, Fault> {
+    /// `Delete` of a container whose init has ended. Hooks get `patience`.
+    pub async fn delete(
+        self: &Arc<Self>,
+        id: &str,
+        patience: Duration,
+    ) -> Result<DeleteResponse, Fault> {
         self.end_if_never_started(id).await?;
         let (pid, exit, streams) = self.with(id, |container| {
             if container.deleting {
@@ -104,6 +125,7 @@ impl Pod {
         if let Some(vm) = self.vm() {
             self.remove_from_guest(vm, id).await;
         }
+        self.run_last_hooks(id, patience).await;
         {
             let mut containers = self.containers();
             containers.by_id.remove(id);

@@ -14,6 +14,7 @@
 //!           core_scheduling
 //!           ration, untrusted            how much of what they say is listened to, and shown
 //!           spec, devices, shares, mount what of the host the guest gets to see
+//!           hooks, host_program          what of the specification runs on the host
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
 //! build-template  templates            makes the template that a cold start has missed
@@ -34,6 +35,8 @@ pub mod devices;
 pub mod ending;
 pub mod events;
 pub mod fault;
+pub mod hooks;
+pub mod host_program;
 pub mod identity;
 pub mod inspect;
 pub mod launch;

@@ -37,6 +37,7 @@ use crate::{
     container::Container,
     events::{Publisher, TaskEvent},
     fault::Fault,
+    hooks::{self, Hooks, Kind},
     identity,
     launch::{Launched, Setup, launch},
     options::Options,
@@ -158,8 +159,12 @@ impl Pod {
     }
 
     /// `Create`: the container up to, but not including, the start of its init. Boots the VM if it
-    /// is the pod's first. What fails leaves nothing behind.
-    pub async fn create(self: &Arc<Self>, request: CreateTaskRequest) -> Result<u32, Fault> {
+    /// is the pod's first. What fails leaves nothing behind. Hooks get `patience`.
+    pub async fn create(
+        self: &Arc<Self>,
+        request: CreateTaskRequest,
+        patience: Duration,
+    ) -> Result<u32, Fault> {
         if !is_identifier(&request.id) {
             return Err(Fault::invalid(format_args!(
                 "id {:?}: not an identifier",
@@ -193,9 +198,11 @@ impl Pod {
             container.timeline = timeline.clone();
             containers.by_id.insert(request.id.clone(), container);
         }
-        let created = self.create_reserved(&request, &paths, &timeline).await;
+        let created = self
+            .create_reserved(&request, &paths, &timeline, patience)
+            .await;
         if created.is_err() {
-            self.abandon(&request.id).await;
+            self.abandon(&request.id, patience).await;
         }
         created
     }
@@ -205,6 +212,7 @@ impl Pod {
         request: &CreateTaskRequest,
         paths: &Paths,
         timeline: &Arc<Timeline>,
+        patience: Duration,
     ) -> Result<u32, Fault> {
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
         let bundle = Path::new(&request.bundle);
@@ -249,6 +257,11 @@ impl Pod {
             self.start_vm(config, &plan, vm, timeline),
         );
         let (vm, shares) = (vm?, shares?);
+        if !plan.hooks.is_empty() {
+            // While the guest boots on: what they may act on is there.
+            self.run_first_hooks(&request.id, vm, plan.hooks, patience)
+                .await?;
+        }
         for share in shares {
             self.with(&request.id, |container| {
                 container.shares.push(share.name.clone());
@@ -306,6 +319,31 @@ impl Pod {
         })?;
         timeline.mark("created");
         Ok(vm.pid)
+    }
+
+    /// The hooks that are run before there is a container in the guest; and those that are run at its end are due
+    /// from here on.
+    async fn run_first_hooks(
+        &self,
+        id: &str,
+        vm: &Vm,
+        hooks: Hooks,
+        patience: Duration,
+    ) -> Result<(), Fault> {
+        let hooks = Arc::new(hooks);
+        let subject = self.with(id, |container| {
+            container.pid = vm.pid;
+            container.hooks = hooks.clone();
+            Ok(container.subject())
+        })?;
+        hooks::note_due(&self.record_of(id), &hooks, &subject).map_err(Fault::internal)?;
+        let deadline = Instant::now() + patience;
+        for kind in [Kind::Prestart, Kind::CreateRuntime] {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ran = hooks.run(kind, &subject, left).await;
+            ran.map_err(|e| Fault::new(Code::UNKNOWN, e))?;
+        }
+        Ok(())
     }
 
     /// Of a container's start: the first one's begins with the shim, another's with its creation.

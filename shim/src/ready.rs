@@ -1,6 +1,9 @@
 //! Descriptors in the event loop: the one place where they are registered. It owns nothing.
 
-use std::{io, os::fd::OwnedFd};
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+};
 
 use tokio::io::{Interest, unix::AsyncFd};
 
@@ -17,4 +20,20 @@ pub fn try_watch(
     // SAFETY: an OwnedFd is open and stays the same descriptor for as long as the AsyncFd owns it.
     let registered = unsafe { AsyncFd::register_with_interest(fd, interest) };
     registered.map_err(|e| e.into_parts())
+}
+
+/// Waits for bytes, and reads some. 0 is the end of file.
+pub async fn read(from: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        let mut ready = from.readable().await?;
+        let attempt = ready.try_io(|from| {
+            // SAFETY: the buffer has that many bytes.
+            let count =
+                unsafe { libc::read(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
+            usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        });
+        if let Ok(outcome) = attempt {
+            return outcome;
+        }
+    }
 }

@@ -3,7 +3,8 @@
 //! start time, as a pid alone may be somebody else's by now.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Write},
     os::fd::{AsFd, FromRawFd, OwnedFd},
     path::{Path, PathBuf},
     process,
@@ -50,18 +51,36 @@ impl Record {
 
     /// Replaces the record as a whole: a reader sees the old one or the new one.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        let text = serde_json::to_vec(self)?;
-        let new = directory.join(format!("record.{}", process::id()));
-        let mut attempts = 0..8;
-        loop {
-            match fs::create_dir_all(directory).and_then(|()| fs::write(&new, &text)) {
-                Ok(()) => return fs::rename(&new, directory.join("record.json")),
-                // The end of another pod may remove an empty parent under our feet.
-                Err(e) if e.kind() == io::ErrorKind::NotFound && attempts.next().is_some() => {}
-                Err(e) => return Err(e),
-            }
+        write(directory, "record.json", &serde_json::to_vec(self)?)
+    }
+}
+
+/// Puts a file into the directory of a record, which is made if it is not there.
+pub fn write(directory: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let mut attempts = 0..8;
+    loop {
+        match fs::create_dir_all(directory).and_then(|()| replace(&directory.join(name), bytes)) {
+            // The end of another pod may remove an empty parent under our feet.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && attempts.next().is_some() => {}
+            outcome => return outcome,
         }
     }
+}
+
+/// Replaces a file as a whole, also for who looks after the host has lost its power: written aside, brought to the
+/// disk, and renamed.
+pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!(".{name}.{}", process::id()));
+    let write = || {
+        let mut file = fs::File::create(&aside)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&aside, path)
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&aside);
+    })
 }
 
 /// Removes a record, and the directories above with the last one. A missing one is fine.
@@ -123,6 +142,11 @@ impl ProcessId {
 
 /// Sends SIGKILL to the process behind `pidfd`; one that is gone is fine.
 pub fn kill(pidfd: impl AsFd) -> io::Result<()> {
+    signal(pidfd, libc::SIGKILL)
+}
+
+/// Sends any signal, as [`kill`] does.
+pub fn signal(pidfd: impl AsFd, signal: libc::c_int) -> io::Result<()> {
     use std::os::fd::AsRawFd;
     let fd = pidfd.as_fd().as_raw_fd();
     // SAFETY: pidfd_send_signal(2) with no siginfo takes no pointers.
@@ -130,7 +154,7 @@ pub fn kill(pidfd: impl AsFd) -> io::Result<()> {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             fd,
-            libc::SIGKILL,
+            signal,
             std::ptr::null::<()>(),
             0,
         )
@@ -165,6 +189,24 @@ mod tests {
         remove(&directory).unwrap();
         remove(&directory).unwrap();
         assert!(!top.path().join("husk").exists() && top.path().exists());
+    }
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_or_not_at_all() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("file");
+        replace(&path, b"a long first text").unwrap();
+        // Who has opened it goes on reading what it was.
+        let mut old = fs::File::open(&path).unwrap();
+        replace(&path, b"second").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"second");
+        let mut text = String::new();
+        io::Read::read_to_string(&mut old, &mut text).unwrap();
+        assert_eq!(text, "a long first text");
+        let taken = top.path().join("directory");
+        fs::create_dir(&taken).unwrap();
+        assert!(replace(&taken, b"").is_err());
+        assert_eq!(fs::read_dir(top.path()).unwrap().count(), 2);
     }
 
     #[test]

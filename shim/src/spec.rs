@@ -13,7 +13,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::{devices, mount::Attributes};
+use crate::{
+    devices,
+    hooks::{self, Hooks},
+    mount::Attributes,
+};
 
 /// Bytes of a `config.json` at most.
 const FILE_LIMIT: u64 = 16 << 20;
@@ -63,6 +67,7 @@ pub struct Plan {
     pub root_share: String,
     pub binds: Vec<Bind>,
     pub network: Network,
+    pub hooks: Hooks,
     /// `linux.cgroupsPath` of the host, if there was one.
     pub cgroups_path: Option<String>,
     pub oom_score_adj: Option<i64>,
@@ -70,7 +75,7 @@ pub struct Plan {
     pub kubernetes_namespace: Option<String>,
 }
 
-fn refuse(field: impl Into<String>, reason: impl Into<String>) -> SpecError {
+pub(crate) fn refuse(field: impl Into<String>, reason: impl Into<String>) -> SpecError {
     SpecError::Field {
         field: field.into(),
         reason: reason.into(),
@@ -128,7 +133,7 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
     if !spec.is_object() {
         return Err(refuse("config.json", "not a JSON object"));
     }
-    refuse_hooks(spec)?;
+    let hooks = hooks::take(spec)?;
     let network = take_namespaces(spec)?;
     let (root, root_share) = rewrite_root(spec, bundle, prefix)?;
     let binds = rewrite_binds(spec, bundle, prefix)?;
@@ -145,6 +150,7 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
         root_share,
         binds,
         network,
+        hooks,
         cgroups_path: cgroups_path.filter(|path| !path.is_empty()),
         oom_score_adj: spec.pointer("/process/oomScoreAdj").and_then(Value::as_i64),
         kubernetes_namespace: spec
@@ -153,24 +159,6 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
             .and_then(Value::as_str)
             .map(str::to_owned),
     })
-}
-
-fn refuse_hooks(spec: &mut Value) -> Result<(), SpecError> {
-    for (kind, hooks) in spec
-        .pointer("/hooks")
-        .and_then(Value::as_object)
-        .into_iter()
-        .flatten()
-    {
-        if hooks.as_array().is_some_and(|hooks| !hooks.is_empty()) {
-            let reason = "not supported: husk does not run hooks yet";
-            return Err(refuse(format!("hooks.{kind}"), reason));
-        }
-    }
-    if let Some(spec) = spec.as_object_mut() {
-        spec.remove("hooks");
-    }
-    Ok(())
 }
 
 /// The network namespace is the VMM's and leaves the specification; no other one of the host's can
@@ -432,8 +420,8 @@ mod tests {
             error.starts_with("linux.namespaces[2].path: /proc/1/ns/uts: "),
             "{error}"
         );
-        let error = error_of(|spec| spec["hooks"] = json!({"prestart": [{"path": "/x"}]}));
-        assert!(error.starts_with("hooks.prestart: "), "{error}");
+        let error = error_of(|spec| spec["hooks"] = json!({"prestart": [{"path": "x"}]}));
+        assert!(error.starts_with("hooks.prestart[0].path: "), "{error}");
         let error = error_of(|spec| spec["root"] = json!({}));
         assert!(error.starts_with("root.path: "), "{error}");
         let error = error_of(|spec| spec["mounts"][1]["source"] = "".into());
@@ -478,14 +466,6 @@ mod tests {
             error.starts_with("linux.devices[0]: /dev/sda (b 8:0)"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn empty_hooks_are_no_hooks() {
-        let mut spec = spec();
-        spec["hooks"] = json!({"prestart": []});
-        rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
-        assert!(spec.get("hooks").is_none());
     }
 
     #[test]

@@ -350,7 +350,7 @@ impl Sink {
 async fn discard(from: Arc<End>) {
     let mut buffer = vec![0; CHUNK / 4];
     let outcome = loop {
-        match read(&from, &mut buffer).await {
+        match ready::read(&from, &mut buffer).await {
             Ok(0) => break Ok(()),
             Ok(_) => {}
             Err(e) => break Err(e),
@@ -364,7 +364,7 @@ async fn discard(from: Arc<End>) {
 async fn copy(from: &End, mut to: File) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK / 4];
     loop {
-        let count = read(from, &mut buffer).await?;
+        let count = ready::read(from, &mut buffer).await?;
         if count == 0 {
             return Ok(());
         }
@@ -373,22 +373,6 @@ async fn copy(from: &End, mut to: File) -> io::Result<()> {
             Ok::<_, io::Error>((to, buffer))
         });
         (to, buffer) = written.await.map_err(io::Error::other)??;
-    }
-}
-
-/// Waits for bytes, and reads some. 0 is the end of file.
-async fn read(from: &End, buffer: &mut [u8]) -> io::Result<usize> {
-    loop {
-        let mut ready = from.readable().await?;
-        let attempt = ready.try_io(|from| {
-            // SAFETY: the buffer has that many bytes.
-            let count =
-                unsafe { libc::read(from.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
-            usize::try_from(count).map_err(|_| io::Error::last_os_error())
-        });
-        if let Ok(outcome) = attempt {
-            return outcome;
-        }
     }
 }
 

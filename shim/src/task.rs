@@ -5,7 +5,7 @@
 //! fallbacks look for UNIMPLEMENTED. A request that changes something runs in a task of its own:
 //! when containerd goes away in the middle, it is carried to its end all the same.
 
-use std::{collections::HashMap, future::Future, sync::Arc};
+use std::{collections::HashMap, future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use containerd_shim_protos::{
@@ -21,7 +21,7 @@ use containerd_shim_protos::{
 use protobuf::{MessageField, well_known_types::empty::Empty};
 use ttrpc::r#async::{Service, TtrpcContext};
 
-use crate::{events::timestamp, fault::Fault, pod::Pod, stats};
+use crate::{events::timestamp, fault::Fault, hooks, pod::Pod, stats};
 
 struct TaskService(Arc<Pod>);
 
@@ -52,6 +52,14 @@ async fn carry<T: Send + 'static>(
     Ok(outcome?)
 }
 
+/// How long hooks may take: as long as whoever asks waits for the answer.
+fn patience(context: &TtrpcContext) -> Duration {
+    match u64::try_from(context.timeout_nano) {
+        Ok(nanoseconds @ 1..) => Duration::from_nanos(nanoseconds).min(hooks::PATIENCE),
+        _ => hooks::PATIENCE,
+    }
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn state(&self, _: &TtrpcContext, r: StateRequest) -> ttrpc::Result<StateResponse> {
@@ -60,31 +68,41 @@ impl Task for TaskService {
 
     async fn create(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         r: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let pod = self.0.clone();
-        let pid = carry("create", async move { pod.create(r).await }).await?;
+        let patience = patience(context);
+        let pid = carry("create", async move { pod.create(r, patience).await }).await?;
         Ok(CreateTaskResponse {
             pid,
             ..CreateTaskResponse::default()
         })
     }
 
-    async fn start(&self, _: &TtrpcContext, r: StartRequest) -> ttrpc::Result<StartResponse> {
+    async fn start(&self, context: &TtrpcContext, r: StartRequest) -> ttrpc::Result<StartResponse> {
         let pod = self.0.clone();
-        let pid = carry("start", async move { pod.start(&r.id, &r.exec_id).await }).await?;
+        let patience = patience(context);
+        let pid = carry("start", async move {
+            pod.start(&r.id, &r.exec_id, patience).await
+        })
+        .await?;
         Ok(StartResponse {
             pid,
             ..StartResponse::default()
         })
     }
 
-    async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+    async fn delete(
+        &self,
+        context: &TtrpcContext,
+        r: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
         let pod = self.0.clone();
+        let patience = patience(context);
         carry("delete", async move {
             match r.exec_id.as_str() {
-                "" => pod.delete(&r.id).await,
+                "" => pod.delete(&r.id, patience).await,
                 exec => pod.delete_exec(&r.id, exec).await,
             }
         })

@@ -274,7 +274,7 @@ impl Pod {
         paths: &Paths,
     ) -> Result<stdio::Streams, Fault> {
         let vm = self.running_vm()?;
-        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
+        let opened = self.open_streams(paths, &request.exec_id).await?;
         let add = api::ExecRequest {
             container_id: request.id.clone(),
             exec_id: request.exec_id.clone(),

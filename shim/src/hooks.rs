@@ -269,6 +269,9 @@ impl Hooks {
         subject: &Subject,
         deadline: Instant,
     ) -> Result<(), String> {
+        if deadline <= Instant::now() {
+            return Err("no time is left for it".to_owned());
+        }
         let failed = |e: io::Error| cause_in_words(&e);
         let state = self.state(kind, subject).map_err(|e| e.to_string())?;
         // Of a file that is in memory nobody has to see whether the hook reads it.

@@ -8,6 +8,7 @@
 //! serve   serve, task                  the process of the pod: speaks task v2 and v3 to containerd
 //!           pod, control, ending         what runs in the pod, from its creation to its end
 //!           process, stdio               its processes and their bytes
+//!           stream_uri, log_program      where these go
 //!           ahead, launch, templates     how its VM starts: before it is asked for, as a clone, or by
 //!                                        booting
 //!           vm, vmm, machine, spawn,     the husk-vmm process and the agent behind it
@@ -40,6 +41,7 @@ pub mod host_program;
 pub mod identity;
 pub mod inspect;
 pub mod launch;
+pub mod log_program;
 pub mod logger;
 pub mod machine;
 pub mod mount;
@@ -55,6 +57,7 @@ pub mod spawn;
 pub mod spec;
 pub mod stats;
 pub mod stdio;
+pub mod stream_uri;
 pub mod task;
 pub mod templates;
 pub mod timeline;

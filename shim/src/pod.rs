@@ -40,12 +40,13 @@ use crate::{
     hooks::{self, Hooks, Kind},
     identity,
     launch::{Launched, Setup, launch},
+    log_program::Owner,
     options::Options,
     process::{Exit, Process},
     record::{self, ProcessId, RECORDS, Record},
     shares,
     spec::{self, Plan},
-    stdio::{self, Paths},
+    stdio::{self, Opened, Paths},
     templates::{Ingredients, Scope, background},
     timeline::Timeline,
     vm::{GuestEvent, Vm},
@@ -138,8 +139,11 @@ impl Pod {
         }
     }
 
-    pub(crate) fn next_stream(&self) -> io::Result<u64> {
-        identity::stream_id()
+    /// The streams of a process, a container's init or an exec.
+    pub(crate) async fn open_streams(&self, paths: &Paths, id: &str) -> Result<Opened, Fault> {
+        let namespace = &self.identity.namespace;
+        let opened = stdio::open(paths, Owner { namespace, id }, identity::stream_id).await;
+        opened.map_err(Fault::invalid)
     }
 
     /// The VM, if it was ever started.
@@ -217,7 +221,7 @@ impl Pod {
         let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
         let bundle = Path::new(&request.bundle);
         // May fail, so it comes before the VM started ahead is taken: whoever has that sees to its end.
-        let opened = stdio::open(paths, || self.next_stream()).map_err(Fault::invalid)?;
+        let opened = self.open_streams(paths, &request.id).await?;
         let index = self.next_container.fetch_add(1, Ordering::Relaxed);
         let ahead = self.ahead().take();
         let ahead = match ahead {

@@ -22,6 +22,7 @@ use crate::{
     ahead,
     args::Invocation,
     events::Publisher,
+    host_program::LowDescriptors,
     logger,
     pod::{Identity, Pod},
     task,
@@ -41,9 +42,12 @@ pub fn run(invocation: &Invocation) -> Result<()> {
     } else {
         LevelFilter::Info
     };
+    let low = LowDescriptors::reserve();
     // Without containerd at the other end there is nobody to read a log.
     let _ = logger::to_fifo(Path::new("log"), level);
-    let outcome = serve(invocation);
+    let outcome = low
+        .context("reserve descriptors")
+        .and_then(|_low| serve(invocation));
     if let Err(e) = &outcome {
         log::error!("{e:#}");
     }

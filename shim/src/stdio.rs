@@ -10,12 +10,12 @@
 //! that moment, and `ctr` sends no `CloseIO` for an input that ends while it waits for `Create`.
 
 use std::{
-    fs::File,
+    fs::{DirBuilder, File},
     io::{self, Write},
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::{
-            fs::{FileTypeExt, OpenOptionsExt},
+            fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt},
             net::UnixStream,
         },
     },
@@ -33,7 +33,11 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-use crate::ready;
+use crate::{
+    log_program::{Inputs, LogError, LogProgram, Owner},
+    ready,
+    stream_uri::{Place, Program},
+};
 
 /// Bytes moved at once; a FIFO holds 64 KiB unless told otherwise.
 const CHUNK: usize = 64 << 10;
@@ -55,8 +59,17 @@ pub enum StdioError {
         path: PathBuf,
         cause: io::Error,
     },
-    #[error("{stream} {uri:?}: husk takes FIFOs and file:// only")]
-    Scheme { stream: &'static str, uri: String },
+    #[error("{stream} {uri:?}: {cause}")]
+    Uri {
+        stream: &'static str,
+        uri: String,
+        cause: &'static str,
+    },
+    #[error("{stream}: {cause}")]
+    Logger {
+        stream: &'static str,
+        cause: LogError,
+    },
     #[error("{stream}: choose an id: {cause}")]
     Id {
         stream: &'static str,
@@ -74,6 +87,8 @@ pub enum StdioError {
 pub struct Streams {
     stdin: Stdin,
     outputs: Vec<JoinHandle<()>>,
+    /// Who takes the output, if it is a program.
+    logger: Option<LogProgram>,
 }
 
 /// The life of a stdin.
@@ -109,9 +124,10 @@ pub struct Opened {
 /// One end of a stream: AsyncFd's readiness and the kernel's own are kept apart by `transfer`.
 type End = AsyncFd<OwnedFd>;
 
-/// Opens all streams of a process; `next_id` gives fresh stream ids. To be called in a runtime.
-pub fn open(
+/// Opens all streams of a process, which is `owner`'s; `next_id` gives fresh stream ids. To be called in a runtime.
+pub async fn open(
     paths: &Paths,
+    owner: Owner<'_>,
     mut next_id: impl FnMut() -> io::Result<u64>,
 ) -> Result<Opened, StdioError> {
     let mut streams = Streams::default();
@@ -123,16 +139,42 @@ pub fn open(
         remote.push(far);
         Ok((id, near))
     };
+    // What may be refused comes before what has to be undone.
+    let stdin = find_stdin(&paths.stdin)?;
+    let (mut stdout, mut stderr) = (place("stdout", &paths.stdout)?, Place::None);
+    if !paths.terminal {
+        stderr = place("stderr", &paths.stderr)?;
+    }
+    let mut to_logger = None;
+    if let Place::Program(program) = &stdout {
+        // Both streams are its: where stdout goes decides, for containerd.
+        let (logger, inputs) = start_logger("stdout", program, owner).await?;
+        streams.logger = Some(logger);
+        to_logger = Some(inputs);
+        (stdout, stderr) = (Place::None, Place::None);
+    }
+    let (mut out, mut err) = (
+        Sink::open("stdout", &stdout)?,
+        Sink::open("stderr", &stderr)?,
+    );
+    if let Some(Inputs { stdout, stderr }) = to_logger {
+        out = Some(Sink::pipe("stdout", stdout)?);
+        // A terminal's logger sees its stderr end at once.
+        err = match paths.terminal {
+            true => None,
+            false => Some(Sink::pipe("stderr", stderr)?),
+        };
+    }
     if paths.terminal {
         let (id, near) = connect("terminal")?;
         ids.terminal = id;
         let near = Arc::new(near);
-        if let Some(sink) = Sink::open("stdout", &paths.stdout)? {
+        if let Some(sink) = out {
             streams.outputs.push(tokio::spawn(sink.fill(near.clone())));
         } else {
             streams.outputs.push(tokio::spawn(discard(near.clone())));
         }
-        if let Some(path) = find_stdin(&paths.stdin)? {
+        if let Some(path) = stdin {
             streams.stdin = Stdin::Waiting {
                 path,
                 near,
@@ -140,7 +182,7 @@ pub fn open(
             };
         }
     } else {
-        if let Some(path) = find_stdin(&paths.stdin)? {
+        if let Some(path) = stdin {
             let (id, near) = connect("stdin")?;
             ids.stdin = id;
             streams.stdin = Stdin::Waiting {
@@ -149,11 +191,11 @@ pub fn open(
                 closed: false,
             };
         }
-        for (stream, path, to) in [
-            ("stdout", &paths.stdout, &mut ids.stdout),
-            ("stderr", &paths.stderr, &mut ids.stderr),
+        for (stream, sink, to) in [
+            ("stdout", out, &mut ids.stdout),
+            ("stderr", err, &mut ids.stderr),
         ] {
-            if let Some(sink) = Sink::open(stream, path)? {
+            if let Some(sink) = sink {
                 let (id, near) = connect(stream)?;
                 *to = id;
                 streams
@@ -167,6 +209,23 @@ pub fn open(
         ids,
         remote,
     })
+}
+
+fn place(stream: &'static str, uri: &str) -> Result<Place, StdioError> {
+    Place::parse(uri).map_err(|cause| StdioError::Uri {
+        stream,
+        uri: uri.to_owned(),
+        cause,
+    })
+}
+
+async fn start_logger(
+    stream: &'static str,
+    program: &Program,
+    owner: Owner<'_>,
+) -> Result<(LogProgram, Inputs), StdioError> {
+    let started = LogProgram::start(program, owner).await;
+    started.map_err(|cause| StdioError::Logger { stream, cause })
 }
 
 impl Streams {
@@ -212,6 +271,10 @@ impl Streams {
                 return;
             }
         }
+        // With the last output has gone what its logger reads.
+        if let Some(logger) = self.logger.take() {
+            logger.stop().await;
+        }
     }
 }
 
@@ -245,8 +308,16 @@ fn socket(id: u64) -> io::Result<(End, OwnedFd)> {
 
 /// The FIFO of stdin, if there is to be a stdin.
 fn find_stdin(uri: &str) -> Result<Option<PathBuf>, StdioError> {
-    let Some(path) = plain_path("stdin", uri)? else {
-        return Ok(None);
+    let path = match place("stdin", uri)? {
+        Place::None => return Ok(None),
+        Place::Path(path) => path,
+        Place::File(_) | Place::Program(_) => {
+            return Err(StdioError::Uri {
+                stream: "stdin",
+                uri: uri.to_owned(),
+                cause: "husk reads FIFOs only",
+            });
+        }
     };
     let found = match path.metadata() {
         Ok(found) if found.file_type().is_fifo() => Ok(Some(path)),
@@ -280,62 +351,54 @@ fn open_stdin(path: &Path) -> Result<(End, OwnedFd), StdioError> {
     Ok((source, hold.into()))
 }
 
-/// The path of a stream that is one; none for no stream.
-fn plain_path(stream: &'static str, uri: &str) -> Result<Option<PathBuf>, StdioError> {
-    match uri.split_once("://") {
-        None if uri.is_empty() => Ok(None),
-        None => Ok(Some(uri.into())),
-        Some(("fifo", path)) => Ok(Some(path.into())),
-        Some(_) => Err(StdioError::Scheme {
-            stream,
-            uri: uri.to_owned(),
-        }),
-    }
-}
-
 /// Where output goes.
 enum Sink {
-    /// Open for reading and writing, so that there is always a reader.
+    /// A FIFO open for reading and writing, so that there is always a reader; or a logger's pipe.
     Fifo(End),
     File(File),
 }
 
 impl Sink {
-    fn open(stream: &'static str, uri: &str) -> Result<Option<Self>, StdioError> {
-        let file = uri.strip_prefix("file://").map(PathBuf::from);
-        let path = match &file {
-            // file://<path>?<options>, none of which husk has.
-            Some(path) => path
-                .to_str()
-                .and_then(|p| p.split('?').next())
-                .map(PathBuf::from),
-            None => plain_path(stream, uri)?,
-        };
-        let Some(path) = path else {
+    fn open(stream: &'static str, place: &Place) -> Result<Option<Self>, StdioError> {
+        let Some(path) = place.path() else {
             return Ok(None);
         };
         let failed = |cause| StdioError::Open {
             stream,
-            path: path.clone(),
+            path: path.to_owned(),
             cause,
         };
-        let is_fifo = file.is_none() && path.metadata().map_err(failed)?.file_type().is_fifo();
+        let to_file = matches!(place, Place::File(_));
+        let is_fifo = !to_file && path.metadata().map_err(failed)?.file_type().is_fifo();
         if is_fifo {
             let fifo = File::options()
                 .read(true)
                 .write(true)
                 .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-                .open(&path)
+                .open(path)
                 .map_err(failed)?;
             let fifo = ready::watch(fifo.into(), Interest::WRITABLE).map_err(failed)?;
             return Ok(Some(Self::Fifo(fifo)));
         }
+        if let (true, Some(parent)) = (to_file, path.parent()) {
+            let made = DirBuilder::new().recursive(true).mode(0o755).create(parent);
+            made.map_err(failed)?;
+        }
         let file = File::options()
             .create(true)
             .append(true)
-            .open(&path)
+            .mode(0o644)
+            .open(path)
             .map_err(failed)?;
         Ok(Some(Self::File(file)))
+    }
+
+    /// The writing end of a pipe.
+    fn pipe(stream: &'static str, end: OwnedFd) -> Result<Self, StdioError> {
+        let end = ready::watch(end, Interest::WRITABLE);
+        Ok(Self::Fifo(
+            end.map_err(|cause| StdioError::Socket { stream, cause })?,
+        ))
     }
 
     async fn fill(self, from: Arc<End>) {
@@ -448,6 +511,10 @@ mod tests {
     use super::*;
 
     const SOON: Duration = Duration::from_secs(20);
+    const OWNER: Owner<'_> = Owner {
+        namespace: "default",
+        id: "c",
+    };
 
     struct Fifos {
         _directory: tempfile::TempDir,
@@ -474,12 +541,13 @@ mod tests {
     }
 
     /// Streams of a process that has started, and the guest's ends.
-    fn opened(paths: &Paths) -> (Opened, Vec<UnixStream>) {
+    async fn opened(paths: &Paths) -> (Opened, Vec<UnixStream>) {
         let mut id = 0;
-        let mut opened = open(paths, || {
+        let mut opened = open(paths, OWNER, || {
             id += 1;
             Ok(id)
         })
+        .await
         .unwrap();
         opened.streams.begin().unwrap();
         let mut far = Vec::new();
@@ -506,7 +574,7 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_the_process_drops_no_output() {
         let fifos = fifos(false);
-        let (mut opened, mut far) = opened(&fifos.paths);
+        let (mut opened, mut far) = opened(&fifos.paths).await;
         let mut reader = File::open(&fifos.paths.stdout).unwrap();
         // More than a FIFO takes, also by splice: the guest still has some of it.
         let data = pattern(8 << 20);
@@ -532,7 +600,7 @@ mod tests {
     #[tokio::test]
     async fn sixteen_mib_pass_both_ways_unchanged() {
         let fifos = fifos(false);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         assert_eq!(
             (opened.ids.stdin, opened.ids.stdout, opened.ids.stderr),
             (1, 2, 3)
@@ -574,7 +642,7 @@ mod tests {
     #[tokio::test]
     async fn only_close_io_ends_stdin() {
         let fifos = fifos(false);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         let mut streams = opened.streams;
         let mut stdin = far.remove(0);
         stdin.set_nonblocking(true).unwrap();
@@ -599,7 +667,7 @@ mod tests {
     #[tokio::test]
     async fn close_io_before_any_input_loses_none() {
         let fifos = fifos(false);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         let mut streams = opened.streams;
         let mut client = File::options()
             .write(true)
@@ -618,9 +686,12 @@ mod tests {
     #[tokio::test]
     async fn many_unread_processes_cost_the_limit_once() {
         let processes: Vec<_> = (0..4).map(|_| fifos(false)).collect();
-        let opened: Vec<_> = processes.iter().map(|one| opened(&one.paths)).collect();
+        let mut all = Vec::new();
+        for one in &processes {
+            all.push(opened(&one.paths).await);
+        }
         let begun = Instant::now();
-        for (opened, _far) in opened {
+        for (opened, _far) in all {
             opened.streams.drain(begun + Duration::from_secs(1)).await;
         }
         assert!(begun.elapsed() >= Duration::from_secs(1));
@@ -630,7 +701,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_never_comes_costs_the_limit_and_no_more() {
         let fifos = fifos(false);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         let mut stdout = far.remove(1);
         drop(far);
         let guest = thread::spawn(move || {
@@ -656,7 +727,7 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_goes_and_comes_back_misses_nothing() {
         let fifos = fifos(false);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         let mut stdout = far.remove(1);
         drop(far);
         let data = pattern(1 << 20);
@@ -678,7 +749,7 @@ mod tests {
     #[tokio::test]
     async fn a_terminal_is_one_stream_both_ways() {
         let fifos = fifos(true);
-        let (opened, mut far) = opened(&fifos.paths);
+        let (opened, mut far) = opened(&fifos.paths).await;
         assert_eq!(
             (opened.ids.terminal, opened.ids.stdin, opened.ids.stdout),
             (1, 0, 0)
@@ -710,30 +781,48 @@ mod tests {
 
     #[tokio::test]
     async fn null_files_and_what_is_neither() {
-        let (none, far) = opened(&Paths::default());
+        let (none, far) = opened(&Paths::default()).await;
         assert_eq!(none.ids, agent::Stdio::default());
         assert!(far.is_empty());
 
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("log");
+        let path = directory.path().join("of/many pods/log");
+        let uri = format!("file://{}", path.display()).replace(' ', "%20");
         let paths = Paths {
-            stdout: format!("file://{}", path.display()),
+            stdout: uri.clone(),
+            stderr: uri,
             ..Paths::default()
         };
-        let (to_file, mut far) = opened(&paths);
+        let (to_file, mut far) = opened(&paths).await;
         far.remove(0).write_all(b"line\n").unwrap();
+        drop(far);
         to_file.streams.drain(Instant::now() + SOON).await;
-        assert_eq!(std::fs::read(path).unwrap(), b"line\n");
+        assert_eq!(std::fs::read(&path).unwrap(), b"line\n");
+        // The next one goes on where this one ended.
+        let (to_file, mut far) = opened(&paths).await;
+        far.remove(1).write_all(b"more\n").unwrap();
+        drop(far);
+        to_file.streams.drain(Instant::now() + SOON).await;
+        assert_eq!(std::fs::read(path).unwrap(), b"line\nmore\n");
 
-        let error = |stdout: &str| {
+        for (stdout, words) in [
+            (
+                "ttrpc+unix:///x",
+                "stdout \"ttrpc+unix:///x\": husk takes FIFOs, file:// and binary://",
+            ),
+            (
+                "binary:///no/such",
+                "stdout: start the logger /no/such: no such file",
+            ),
+            ("/nowhere/out", "open stdout /nowhere/out: No such file"),
+        ] {
             let paths = Paths {
                 stdout: stdout.into(),
                 ..Paths::default()
             };
-            open(&paths, || Ok(1)).unwrap_err().to_string()
-        };
-        assert!(error("binary:///bin/logger").contains("stdout \"binary:///bin/logger\""));
-        assert!(error("/nowhere/out").starts_with("open stdout /nowhere/out: No such file"));
+            let error = open(&paths, OWNER, || Ok(1)).await.unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+        }
     }
 
     #[tokio::test]
@@ -750,7 +839,7 @@ mod tests {
             stdout: format!("file://{}", fifos.paths.stdout),
             ..Paths::default()
         };
-        let (to_file, mut far) = opened(&paths);
+        let (to_file, mut far) = opened(&paths).await;
         let mut far = far.remove(0);
         let guest = thread::spawn(move || {
             let _ = far.write_all(&pattern(4 << 20));
@@ -774,7 +863,7 @@ mod tests {
     #[tokio::test]
     async fn stdin_is_not_open_before_the_start() {
         let fifos = fifos(false);
-        let mut opened = open(&fifos.paths, || Ok(1)).unwrap();
+        let mut opened = open(&fifos.paths, OWNER, || Ok(1)).await.unwrap();
         let client = || {
             File::options()
                 .write(true)
@@ -815,7 +904,7 @@ mod tests {
                 stdin: stdin.into(),
                 ..fifos.paths.clone()
             };
-            let error = open(&paths, || Ok(1)).unwrap_err().to_string();
+            let error = open(&paths, OWNER, || Ok(1)).await.unwrap_err().to_string();
             assert!(error.contains(stdin) && error.contains(expected), "{error}");
         }
     }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake_vmm;
+mod host_programs;
 mod templates;
 
 use std::{
@@ -100,6 +101,12 @@ fn main() {
         two_containers_deleted_at_once_leave_no_vm
         a_start_that_was_given_up_runs_nothing
         a_guest_that_does_not_end_what_is_killed_goes
+        host_programs::hooks_are_run_in_their_time
+        host_programs::a_hook_that_fails_ends_the_creation
+        host_programs::a_poststart_hook_that_fails_ends_the_container
+        host_programs::a_hook_that_hangs_holds_up_nobody_else
+        host_programs::hooks_that_a_lost_shim_has_left_are_run
+        host_programs::a_logger_takes_the_output_of_init_and_exec
         templates::the_second_pod_is_a_clone
         templates::pods_at_once_have_one_template_built
         templates::what_is_wrong_with_a_template_costs_no_pod
@@ -147,6 +154,8 @@ struct Host {
     settings: Vec<String>,
     /// More of it that only `start` is told.
     told_ahead: String,
+    /// Of the specifications to come.
+    hooks: serde_json::Value,
     _events: Server,
 }
 
@@ -186,6 +195,7 @@ impl Host {
             namespace,
             seen,
             told_ahead: String::new(),
+            hooks: json!({}),
             settings: vec!["templates = \"off\"".into()],
             _events: events,
         }
@@ -219,6 +229,7 @@ impl Host {
             "root": {"path": "rootfs"},
             "process": {"args": args},
             "annotations": annotations,
+            "hooks": self.hooks,
             "linux": {
                 "cgroupsPath": format!("/{}/{id}", self.namespace),
                 "namespaces": [{"type": "mount"}, {"type": "network"}]

@@ -1,6 +1,9 @@
 //! `husk check`: what this host lacks to run pods, one line each, with the mend. It changes nothing.
 
+mod containerd;
+
 use std::{
+    env,
     ffi::CString,
     fmt,
     fs::{self, File},
@@ -16,6 +19,7 @@ use crate::{
     config::{CONFIG, Config, Sharing},
     core_scheduling,
     options::Options,
+    record::RECORDS,
     templates::Store,
 };
 
@@ -88,9 +92,10 @@ impl fmt::Display for Finding {
 /// Looks at everything that a pod needs.
 pub fn findings() -> Vec<Finding> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     // SAFETY: geteuid(2) cannot fail.
     let user = unsafe { libc::geteuid() };
-    let mut findings = vec![root(user), kernel(&release), virtualization(), kvm()];
+    let mut findings = vec![root(user), kernel(&release), virtualization(&cpu), kvm()];
     findings.extend(huge_pages(
         &release,
         &fs::read_to_string("/sys/module/kvm/parameters/nx_huge_pages").unwrap_or_default(),
@@ -102,6 +107,11 @@ pub fn findings() -> Vec<Finding> {
     findings.push(seccomp(
         &fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default(),
     ));
+    findings.push(landlock(landlock_abi()));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let found = containerd::find(Path::new("/proc"), &path);
+    findings.extend(containerd::findings(found.as_ref(), containerd::ask));
+    findings.push(writable("state", Path::new(RECORDS)));
     match Config::load(Path::new(CONFIG), &Options::default()) {
         Ok(config) => {
             findings.push(Finding::good("configuration", CONFIG));
@@ -111,6 +121,11 @@ pub fn findings() -> Vec<Finding> {
             if config.templates != Sharing::Off {
                 findings.push(template_directory(&config.template_dir));
             }
+            findings.extend(memory(
+                config.memory_mib,
+                &fs::read_to_string("/proc/meminfo").unwrap_or_default(),
+                &fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap_or_default(),
+            ));
             if config.core_scheduling {
                 findings.push(others_off_cores(core_scheduling::on_this_host()));
             }
@@ -172,6 +187,80 @@ fn seccomp(actions: &str) -> Finding {
             "not in this kernel, and the VMM's jail needs it",
             "boot a kernel with CONFIG_SECCOMP_FILTER",
         ),
+    }
+}
+
+/// The ABI of Landlock in this kernel; an error where it is not there, or not switched on.
+fn landlock_abi() -> std::io::Result<i64> {
+    /// LANDLOCK_CREATE_RULESET_VERSION.
+    const VERSION: u32 = 1;
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: with this flag landlock_create_ruleset(2) takes no structure, and only answers a number.
+    match unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION) } {
+        -1 => Err(std::io::Error::last_os_error()),
+        abi => Ok(abi),
+    }
+}
+
+/// The jail holds without it, and better with it.
+fn landlock(abi: std::io::Result<i64>) -> Finding {
+    let subject = "Landlock";
+    let mend = match &abi {
+        Ok(abi) => return Finding::good(subject, format!("ABI {abi}")),
+        Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => "boot with landlock in lsm=",
+        Err(_) => "boot a kernel with CONFIG_SECURITY_LANDLOCK",
+    };
+    Finding::advice(
+        subject,
+        "not on this host, and the VMM's jail has one wall less",
+        mend,
+    )
+}
+
+/// Whether a pod's memory can be had. husk locks none, so that limits of that do not matter.
+fn memory(pods_mib: u64, meminfo: &str, overcommit: &str) -> Option<Finding> {
+    let subject = "memory";
+    let available = meminfo.lines().find_map(|line| {
+        let line = line.strip_prefix("MemAvailable:")?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+    });
+    let available = available? >> 10;
+    if available < pods_mib {
+        let what = format!("{available} MiB are left, and a pod may take {pods_mib}");
+        let mend = format!("free some, or set memory_mib in {CONFIG}");
+        return Some(Finding::advice(subject, what, mend));
+    }
+    if overcommit.trim() == "2" {
+        let what = "vm.overcommit_memory = 2 counts all that a pod may ever take";
+        return Some(Finding::advice(
+            subject,
+            what,
+            "sysctl vm.overcommit_memory=0",
+        ));
+    }
+    Some(Finding::good(subject, format!("{available} MiB are left")))
+}
+
+/// A directory that is made where it is missing.
+fn writable(subject: &str, directory: &Path) -> Finding {
+    let there = directory.ancestors().find(|path| path.exists());
+    let there = there.unwrap_or(Path::new("/"));
+    let shown = directory.display();
+    match kind_of(there) {
+        _ if !there.is_dir() => {
+            let what = format!("{}: not a directory", there.display());
+            Finding::bad(subject, what, format!("remove it: {shown} has to be one"))
+        }
+        Err(e) => Finding::bad(subject, format!("{}: {e}", there.display()), "see to it"),
+        Ok(kind) if kind.read_only => {
+            let what = format!("{shown}: on a read-only file system");
+            Finding::bad(
+                subject,
+                what,
+                "mount a writable one there, as a tmpfs on /run",
+            )
+        }
+        Ok(_) => Finding::good(subject, shown.to_string()),
     }
 }
 
@@ -300,9 +389,8 @@ fn kind_of(path: &Path) -> std::io::Result<FileSystem> {
     })
 }
 
-fn virtualization() -> Finding {
+fn virtualization(flags: &str) -> Finding {
     let subject = "CPU";
-    let flags = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flag = flags
         .lines()
         .filter(|line| line.starts_with("flags"))
@@ -310,10 +398,15 @@ fn virtualization() -> Finding {
         .find(|flag| matches!(*flag, "svm" | "vmx"));
     match flag {
         Some(flag) => Finding::good(subject, format!("has {flag}")),
+        None if flags.split_whitespace().any(|flag| flag == "hypervisor") => Finding::bad(
+            subject,
+            "neither svm nor vmx in /proc/cpuinfo of this virtual machine",
+            "switch nested virtualization on where it runs: kvm_amd or kvm_intel nested=1, and the host's CPU model",
+        ),
         None => Finding::bad(
             subject,
             "neither svm nor vmx in /proc/cpuinfo: no hardware virtualization",
-            "switch it on in the firmware, or nested virtualization on the machine this one runs in",
+            "switch it on in the firmware",
         ),
     }
 }
@@ -328,10 +421,7 @@ fn kvm() -> Finding {
     let path = "/dev/kvm";
     let kvm = match File::options().read(true).write(true).open(path) {
         Ok(kvm) => kvm,
-        Err(e) => {
-            let mend = "load kvm_amd or kvm_intel (modprobe), and see to its permissions";
-            return Finding::bad(path, format!("open: {e}"), mend);
-        }
+        Err(e) => return unopened_kvm(&e, Path::new("/sys/module")),
     };
     let mend = "see dmesg(1) for what KVM says";
     match request(&kvm, KVM_GET_API_VERSION) {
@@ -352,6 +442,24 @@ fn kvm() -> Finding {
         }
         Err(e) => Finding::bad(path, format!("KVM_CREATE_VCPU: {e}"), mend),
     }
+}
+
+/// Why /dev/kvm cannot be opened, by what of KVM is loaded.
+fn unopened_kvm(cause: &std::io::Error, modules: &Path) -> Finding {
+    use std::io::ErrorKind::{NotFound, PermissionDenied};
+    let has = |name: &str| modules.join(name).exists();
+    let mend = match cause.kind() {
+        PermissionDenied => {
+            "chown root /dev/kvm, and let root use it where a container holds us (device cgroup)"
+        }
+        NotFound if has("kvm_amd") || has("kvm_intel") => "make the node: mknod /dev/kvm c 10 232",
+        NotFound if has("kvm") => {
+            "load kvm_amd or kvm_intel, the part of KVM that is the CPU's (modprobe)"
+        }
+        NotFound => "load kvm_amd or kvm_intel (modprobe); both need svm or vmx, see CPU",
+        _ => "load kvm_amd or kvm_intel (modprobe), and see dmesg(1) for what it says",
+    };
+    Finding::bad("/dev/kvm", format!("open: {cause}"), mend)
 }
 
 /// An ioctl(2) whose argument is 0.
@@ -425,6 +533,80 @@ mod tests {
         ] {
             assert_eq!(seccomp(actions).is_bad(), bad, "{actions}");
         }
+    }
+
+    #[test]
+    fn kvm_is_told_from_what_is_loaded() {
+        use std::io::ErrorKind::{NotFound, PermissionDenied};
+        let modules = tempfile::tempdir().unwrap();
+        let mend =
+            |kind: std::io::ErrorKind| unopened_kvm(&kind.into(), modules.path()).to_string();
+        assert!(
+            mend(NotFound).contains("both need svm or vmx"),
+            "{}",
+            mend(NotFound)
+        );
+        fs::create_dir(modules.path().join("kvm")).unwrap();
+        assert!(mend(NotFound).contains("the part of KVM that is the CPU's"));
+        fs::create_dir(modules.path().join("kvm_amd")).unwrap();
+        assert!(mend(NotFound).contains("mknod /dev/kvm"));
+        assert!(
+            mend(PermissionDenied).starts_with("bad     /dev/kvm: ")
+                && mend(PermissionDenied).contains("chown")
+        );
+    }
+
+    #[test]
+    fn a_cpu_without_virtualization_is_told_where_to_switch_it_on() {
+        for (flags, words) in [
+            ("flags : fpu svm\n", "ok      CPU: has svm"),
+            ("flags : fpu vmx hypervisor\n", "ok      CPU: has vmx"),
+            ("flags : fpu hypervisor\n", "nested virtualization"),
+            ("flags : fpu\n", "in the firmware"),
+            ("", "in the firmware"),
+        ] {
+            let said = virtualization(flags).to_string();
+            assert!(said.contains(words), "{said}");
+        }
+    }
+
+    #[test]
+    fn landlock_is_missed_and_not_needed() {
+        let said = |answer| landlock(answer).to_string();
+        assert_eq!(said(Ok(4)), "ok      Landlock: ABI 4");
+        let lacks = |errno| Err(std::io::Error::from_raw_os_error(errno));
+        assert!(
+            said(lacks(libc::ENOSYS)).contains("; boot a kernel with CONFIG_SECURITY_LANDLOCK")
+        );
+        assert!(said(lacks(libc::EOPNOTSUPP)).starts_with("advice  Landlock: "));
+        assert!(said(lacks(libc::EOPNOTSUPP)).contains("lsm="));
+    }
+
+    #[test]
+    fn memory_that_is_short_is_advice() {
+        let said = |kib: u64, overcommit| {
+            let meminfo = format!("MemTotal: 9 kB\nMemAvailable:   {kib} kB\n");
+            memory(256, &meminfo, overcommit).unwrap().to_string()
+        };
+        assert_eq!(said(1 << 20, "0\n"), "ok      memory: 1024 MiB are left");
+        assert!(said(100 << 10, "0\n").starts_with("advice  memory: 100 MiB are left"));
+        assert!(said(1 << 20, "2\n").contains("; sysctl vm.overcommit_memory=0"));
+        assert_eq!(memory(256, "", ""), None);
+    }
+
+    #[test]
+    fn state_wants_a_directory() {
+        let top = tempfile::tempdir().unwrap();
+        let said = |name: &str| writable("state", &top.path().join(name)).to_string();
+        assert!(said("not/there/yet").starts_with("ok "));
+        fs::write(top.path().join("file"), "").unwrap();
+        assert!(
+            said("file/below").contains("file: not a directory; remove it"),
+            "{}",
+            said("file/below")
+        );
+        let read_only = writable("state", Path::new("/proc/sys/kernel/husk"));
+        assert!(!read_only.to_string().is_empty());
     }
 
     #[test]

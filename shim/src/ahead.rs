@@ -84,6 +84,7 @@ impl Pod {
         let timeline = self.timeline();
         let setup = self.setup(config.clone(), &plan, &timeline).ok()?;
         let pod = self.clone();
+        self.note_start(&setup);
         let vm = tokio::spawn(async move {
             let launched = launch(&setup).await?;
             // Should the shim be killed before anybody asks for a container.
@@ -101,15 +102,14 @@ impl Pod {
     }
 }
 
-/// In `start`: the runtime options, which containerd writes to stdin (until 2.2, and if there are
-/// any), for `serve` to inherit as its stdout.
-pub fn pass_options() -> io::Result<File> {
-    let mut options = Vec::new();
+/// What containerd writes to stdin; nothing if that is a terminal.
+pub fn read_stdin() -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
     // SAFETY: isatty(3) takes a number.
     if unsafe { libc::isatty(0) } == 0 {
-        io::stdin().take(OPTIONS).read_to_end(&mut options)?;
+        io::stdin().take(OPTIONS).read_to_end(&mut bytes)?;
     }
-    in_memory(&options)
+    Ok(bytes)
 }
 
 /// In `serve`: the options that `start` passed on; none if they are of a kind that we do not know.
@@ -134,7 +134,7 @@ pub fn take_options() -> Option<Options> {
     decode(&bytes)
 }
 
-fn decode(bytes: &[u8]) -> Option<Options> {
+pub(crate) fn decode(bytes: &[u8]) -> Option<Options> {
     let any = Any::parse_from_bytes(bytes).ok()?;
     Options::decode(Some(&any)).ok()
 }
@@ -167,9 +167,8 @@ mod tests {
         };
         let known = decode(&any.write_to_bytes().unwrap()).unwrap();
         assert_eq!(known.config_body, "a = ");
-        // BootstrapParams of containerd 2.3: its first fields are strings, too.
         let other = Any {
-            type_url: "pod-1".into(),
+            type_url: "kata.Options".into(),
             value: b"default".to_vec(),
             ..Any::default()
         };

@@ -10,13 +10,17 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use serde_json::json;
 
 use crate::{
     address::{self, Bound, SOCKETS},
     ahead,
     args::Invocation,
+    config::{CONFIG, Config},
     record::{self, ProcessId, RECORDS, Record},
+    serve::EVENTS,
     spec,
+    told::Told,
 };
 
 /// Annotations that name the group a container belongs to, the strongest first.
@@ -25,8 +29,33 @@ const GROUPS: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
 ];
 
-/// Returns the address for containerd. The working directory is the bundle.
+/// Returns the answer for containerd. The working directory is the bundle.
 pub fn start(invocation: &Invocation) -> Result<String> {
+    let stdin = ahead::read_stdin().context("read what containerd writes to stdin")?;
+    let told = Told::read(&stdin, &invocation.id, &invocation.namespace);
+    let mut invocation = invocation.clone();
+    invocation.debug |= told.debug;
+    if invocation.address.is_empty() {
+        invocation.address.clone_from(&told.grpc_address);
+    }
+    let address = find_or_leave_behind(&invocation, &told)?;
+    Ok(answer(address, &told))
+}
+
+/// What is printed: the address alone, which every containerd understands as a shim of version 2; or, if the
+/// configuration says so, what containerd 2 has instead.
+fn answer(address: String, told: &Told) -> String {
+    let options = ahead::decode(&told.options).unwrap_or_default();
+    // What is wrong with it is said when the container is created, where more can be said.
+    match Config::load(Path::new(CONFIG), &options) {
+        Ok(Config { task_api: 3, .. }) => {
+            json!({"version": 3, "address": address, "protocol": "ttrpc"}).to_string()
+        }
+        _ => address,
+    }
+}
+
+fn find_or_leave_behind(invocation: &Invocation, told: &Told) -> Result<String> {
     let mut annotations = spec::annotations(Path::new(""))?;
     let group = GROUPS
         .iter()
@@ -68,7 +97,7 @@ pub fn start(invocation: &Invocation) -> Result<String> {
                 if group != invocation.id {
                     write(&invocation.id, &record)?;
                 }
-                leave_behind(invocation, &group, listener.into())
+                leave_behind(invocation, told, &group, listener.into())
             });
             if let Err(e) = started {
                 let _ = fs::remove_file(&socket);
@@ -96,11 +125,16 @@ fn note(group: &str, socket: &Path) -> Result<Record> {
 
 /// Executes ourselves in serve mode, with the socket as stdin, the runtime options to be read from
 /// stdout, and nothing of `start`'s output.
-fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Result<()> {
+fn leave_behind(
+    invocation: &Invocation,
+    told: &Told,
+    group: &str,
+    listener: OwnedFd,
+) -> Result<()> {
     let name = env::args_os()
         .next()
         .unwrap_or_else(|| "containerd-shim-husk-v2".into());
-    let options = ahead::pass_options().context("pass on the runtime options")?;
+    let options = ahead::in_memory(&told.options).context("pass on the runtime options")?;
     // Not by path: an upgrade may be replacing the file right now.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -113,6 +147,11 @@ fn leave_behind(invocation: &Invocation, group: &str, listener: OwnedFd) -> Resu
         .stderr(Stdio::null());
     if invocation.debug {
         command.arg("-debug");
+    }
+    if env::var_os(EVENTS).is_none_or(|address| address.is_empty())
+        && !told.ttrpc_address.is_empty()
+    {
+        command.env(EVENTS, &told.ttrpc_address);
     }
     command
         .arg("serve")

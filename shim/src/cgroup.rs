@@ -14,7 +14,7 @@ use std::{
     },
     path::{Component, Path, PathBuf},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use thiserror::Error;
@@ -206,6 +206,21 @@ pub fn remove(made: &[PathBuf]) {
         let ours = made.iter().any(|one| one == path) || is_marked(path);
         if !ours || !remove_one(path) {
             return;
+        }
+    }
+}
+
+/// Kills whoever is in a cgroup, of whom nobody knows more, and waits for their end.
+pub fn kill_all(path: &Path, limit: Duration) {
+    // Nobody has made it yet.
+    if fs::write(path.join("cgroup.kill"), "1").is_err() {
+        return;
+    }
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        match fs::read(path.join("cgroup.procs")) {
+            Ok(left) if !left.is_empty() => thread::sleep(Duration::from_millis(5)),
+            _ => return,
         }
     }
 }

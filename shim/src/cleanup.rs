@@ -95,6 +95,10 @@ fn end_pod(record: &Record) {
             eprintln!("end process {}: {e}", process.pid);
         }
     }
+    if let (None, Some(cgroup)) = (record.vmm, record.cgroups.last()) {
+        // The shim was lost before it could note who is in there, and this one ends with it.
+        cgroup::kill_all(cgroup, deadline.saturating_duration_since(Instant::now()));
+    }
     cgroup::remove(&record.cgroups);
     let _ = fs::remove_file(&record.socket);
 }

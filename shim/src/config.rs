@@ -68,6 +68,8 @@ pub struct Config {
     /// From the VMM's start to the agent's first word.
     pub agent_timeout: Duration,
     pub log_level: Option<LevelFilter>,
+    /// The version of the task service that containerd is told to speak, 2 or 3; containerd 1.7 knows only 2.
+    pub task_api: u32,
     /// Nothing else runs on the other threads of a core that the pod runs on.
     pub core_scheduling: bool,
     pub templates: Sharing,
@@ -107,6 +109,7 @@ struct Table {
     cmdline: Option<String>,
     agent_timeout_ms: Option<u64>,
     log_level: Option<String>,
+    task_api: Option<u32>,
     core_scheduling: Option<bool>,
     templates: Option<String>,
     template_dir: Option<PathBuf>,
@@ -143,6 +146,7 @@ impl Config {
             cmdline: String::new(),
             agent_timeout: Duration::from_secs(10),
             log_level: None,
+            task_api: 2,
             core_scheduling: false,
             templates: Sharing::Namespace,
             template_dir: TEMPLATES.into(),
@@ -162,6 +166,7 @@ impl Config {
             cmdline: Some(self.cmdline.clone()),
             agent_timeout_ms: u64::try_from(self.agent_timeout.as_millis()).ok(),
             log_level: None,
+            task_api: Some(self.task_api),
             core_scheduling: Some(self.core_scheduling),
             templates: Some(self.templates.name().into()),
             template_dir: Some(self.template_dir.clone()),
@@ -213,6 +218,12 @@ impl Config {
                 );
             }
             self.vcpus = vcpus;
+        }
+        if let Some(version) = table.task_api {
+            if !(2..=3).contains(&version) {
+                return refuse("task_api", version.to_string(), "must be 2 or 3".into());
+            }
+            self.task_api = version;
         }
         if let Some(cmdline) = table.cmdline {
             if cmdline.chars().any(char::is_control) {

@@ -20,7 +20,6 @@ use crate::{
     args::is_identifier,
     events::{TaskEvent, timestamp},
     fault::Fault,
-    hooks::Kind,
     pod::{ANSWER, DRAIN, Pod},
     process::{Exit, Process, UNKNOWN_STATUS},
     stdio::{self, Paths},
@@ -123,31 +122,6 @@ impl Pod {
         Ok(pid)
     }
 
-    /// The hooks that are run once a container's program runs, which is killed if one fails: so says the
-    /// specification from 1.2.1 on, and so did runc whatever it said.
-    async fn run_poststart(self: &Arc<Self>, id: &str, patience: Duration) -> Result<(), Fault> {
-        let hooks = self.with(id, |container| {
-            Ok((container.hooks.clone(), container.subject()))
-        });
-        // Deleted meanwhile, by somebody who did not wait for the answer.
-        let Ok((hooks, subject)) = hooks else {
-            return Ok(());
-        };
-        let ran = hooks.run(Kind::Poststart, &subject, patience).await;
-        let Err(failed) = ran else {
-            return Ok(());
-        };
-        let killed = self.kill(id, "", libc::SIGKILL.unsigned_abs(), true).await;
-        match killed {
-            // It has ended by itself, or is gone.
-            Err(fault) if fault.code != Code::NOT_FOUND => {
-                log::warn!("kill container {id}, whose hook has failed: {fault}");
-            }
-            _ => {}
-        }
-        Err(Fault::new(Code::UNKNOWN, failed))
-    }
-
     async fn start_process(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32, Fault> {
         self.with(id, |container| {
             if !exec.is_empty() && container.init.exit().is_some() {
@@ -238,6 +212,10 @@ impl Pod {
                 return Err(Fault::precondition(format_args!(
                     "container {id} does not run"
                 )));
+            }
+            if container.paused {
+                // It would be frozen before its first step, and its start without an end.
+                return Err(Fault::new(Code::UNKNOWN, "cannot exec in a paused state"));
             }
             if container.execs.contains_key(exec) {
                 let message = format!("container {id} already has a process {exec}");

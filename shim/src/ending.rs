@@ -11,7 +11,6 @@ use ttrpc::{Code, context};
 use crate::{
     events::{TaskEvent, timestamp},
     fault::Fault,
-    hooks::{self, Kind},
     pod::{ANSWER, Containers, DRAIN, Pod},
     record,
     vm::Vm,
@@ -45,21 +44,6 @@ impl Pod {
         self.run_last_hooks(id, patience).await;
         self.containers().by_id.remove(id);
         self.linger(LINGER);
-    }
-
-    /// The hooks that are run when nothing of a container is left in the guest. They cannot change that it is
-    /// going, and nobody but the log is told if they fail.
-    async fn run_last_hooks(&self, id: &str, patience: Duration) {
-        let hooks = self.with(id, |container| {
-            Ok((std::mem::take(&mut container.hooks), container.subject()))
-        });
-        if let Ok((hooks, subject)) = hooks {
-            if !hooks.is_empty() {
-                // First: run twice would be worse than cut short.
-                hooks::forget_due(&self.record_of(id));
-                hooks.run_all(Kind::Poststop, &subject, patience).await;
-            }
-        }
     }
 
     /// Takes a container out of the guest, and the guest away if it was the last.

@@ -4,7 +4,8 @@
 //! where there is no template for it yet:
 //!
 //! ```text
-//! start   args, address, bootstrap     binds the socket, leaves `serve` behind, prints the address
+//! start   args, told, address,         binds the socket, leaves `serve` behind, prints the address
+//!           bootstrap, info
 //! serve   serve, task                  the process of the pod: speaks task v2 and v3 to containerd
 //!           pod, control, ending         what runs in the pod, from its creation to its end
 //!           process, stdio               its processes and their bytes
@@ -15,7 +16,8 @@
 //!           core_scheduling
 //!           ration, untrusted            how much of what they say is listened to, and shown
 //!           spec, devices, shares, mount what of the host the guest gets to see
-//!           hooks, host_program          what of the specification runs on the host
+//!           hooks, hook_times            what of the specification runs on the host
+//!           host_program                 as a process
 //!           events                       what containerd is told
 //! delete  cleanup, record              removes whatever a lost shim left behind
 //! build-template  templates            makes the template that a cold start has missed
@@ -36,9 +38,11 @@ pub mod devices;
 pub mod ending;
 pub mod events;
 pub mod fault;
+pub mod hook_times;
 pub mod hooks;
 pub mod host_program;
 pub mod identity;
+pub mod info;
 pub mod inspect;
 pub mod launch;
 pub mod log_program;
@@ -61,6 +65,7 @@ pub mod stream_uri;
 pub mod task;
 pub mod templates;
 pub mod timeline;
+pub mod told;
 pub mod untrusted;
 pub mod vm;
 pub mod vmm;

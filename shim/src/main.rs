@@ -3,15 +3,13 @@
 use std::{env, io::Write, process::ExitCode};
 
 use anyhow::Result;
-use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use husk_shim::{
-    RUNTIME, VERSION,
+    ahead,
     args::{Action, Invocation},
-    bootstrap, cleanup, serve,
+    bootstrap, cleanup, info, serve,
     templates::background,
     timeline,
 };
-use protobuf::{Message, MessageField};
 
 fn main() -> ExitCode {
     // containerd reads stdout and stderr together: one message, and only if something is wrong.
@@ -35,21 +33,9 @@ fn run() -> Result<()> {
         Action::Delete => cleanup::delete(&invocation)?,
         Action::Serve => return serve::run(&invocation),
         Action::BuildTemplate => return background::run(),
-        Action::Version => format!("containerd-shim-husk-v2 {VERSION}\n").into_bytes(),
-        Action::Info => info()?,
+        Action::Version => info::version().into_bytes(),
+        Action::Info => info::runtime_info(&ahead::read_stdin()?)?,
     };
     std::io::stdout().write_all(&answer)?;
     Ok(())
-}
-
-fn info() -> Result<Vec<u8>> {
-    let info = RuntimeInfo {
-        name: RUNTIME.into(),
-        version: MessageField::some(RuntimeVersion {
-            version: VERSION.into(),
-            ..RuntimeVersion::default()
-        }),
-        ..RuntimeInfo::default()
-    };
-    Ok(info.write_to_bytes()?)
 }

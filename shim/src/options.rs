@@ -23,6 +23,15 @@ pub enum OptionsError {
     Malformed(#[from] protobuf::Error),
 }
 
+/// `runtimeoptions.v1.Options`, and runc's, without what comes before in a type's URL.
+const OURS: &str = "runtimeoptions.v1.Options";
+const RUNCS: &str = "containerd.runc.v1.Options";
+
+/// Whether these are options that husk understands, or knows to ignore.
+pub fn is_known(type_url: &str) -> bool {
+    matches!(type_url.rsplit('/').next(), Some(OURS | RUNCS))
+}
+
 impl Options {
     /// Reads the `options` of a `CreateTaskRequest`; none at all is fine.
     pub fn decode(any: Option<&Any>) -> Result<Self, OptionsError> {
@@ -30,9 +39,9 @@ impl Options {
             return Ok(Self::default());
         };
         match any.type_url.rsplit('/').next() {
-            Some("runtimeoptions.v1.Options") => Ok(Self::from_bytes(&any.value)?),
+            Some(OURS) => Ok(Self::from_bytes(&any.value)?),
             // What clients send to whatever runtime they meet; nothing in it is meant for a VM.
-            Some("containerd.runc.v1.Options") => {
+            Some(RUNCS) => {
                 // Asked of each container, and of the VM started ahead: said once.
                 static SAID: Once = Once::new();
                 let ignored = runc_options(&any.value)?;

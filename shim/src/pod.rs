@@ -37,7 +37,6 @@ use crate::{
     container::Container,
     events::{Publisher, TaskEvent},
     fault::Fault,
-    hooks::{self, Hooks, Kind},
     identity,
     launch::{Launched, Setup, launch},
     log_program::Owner,
@@ -325,31 +324,6 @@ impl Pod {
         Ok(vm.pid)
     }
 
-    /// The hooks that are run before there is a container in the guest; and those that are run at its end are due
-    /// from here on.
-    async fn run_first_hooks(
-        &self,
-        id: &str,
-        vm: &Vm,
-        hooks: Hooks,
-        patience: Duration,
-    ) -> Result<(), Fault> {
-        let hooks = Arc::new(hooks);
-        let subject = self.with(id, |container| {
-            container.pid = vm.pid;
-            container.hooks = hooks.clone();
-            Ok(container.subject())
-        })?;
-        hooks::note_due(&self.record_of(id), &hooks, &subject).map_err(Fault::internal)?;
-        let deadline = Instant::now() + patience;
-        for kind in [Kind::Prestart, Kind::CreateRuntime] {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let ran = hooks.run(kind, &subject, left).await;
-            ran.map_err(|e| Fault::new(Code::UNKNOWN, e))?;
-        }
-        Ok(())
-    }
-
     /// Of a container's start: the first one's begins with the shim, another's with its creation.
     pub(crate) fn timeline(&self) -> Arc<Timeline> {
         let first = self.vm().is_none() && self.containers().by_id.is_empty();
@@ -390,7 +364,10 @@ impl Pod {
             let setup = self.setup(config, plan, timeline)?;
             let launched = match ahead {
                 Some(ahead) => ahead.await.map_err(Fault::internal)?,
-                None => launch(&setup).await,
+                None => {
+                    self.note_start(&setup);
+                    launch(&setup).await
+                }
             };
             let Launched { vm, events, wanted } = launched?;
             *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) =
@@ -435,14 +412,29 @@ impl Pod {
         }
     }
 
+    /// As [`Self::note`], of a VM that is about to be made: its cgroup may be there before anybody could note it.
+    /// One that is there already is somebody else's.
+    pub(crate) fn note_start(&self, setup: &Setup) {
+        let cgroup = cgroup::root().map(|root| root.join(&setup.cgroup));
+        let cgroups = cgroup.filter(|path| !path.exists()).into_iter().collect();
+        if let Err(e) = self.write_record_with(None, cgroups) {
+            log::warn!("write the pod's record: {e}");
+        }
+    }
+
     /// Replaces the record by one of this shim, and of its VM if there is one.
     pub(crate) fn write_record(&self, vm: Option<&Vm>) -> io::Result<()> {
+        let cgroups = vm.map(|vm| vm.cgroups().to_vec()).unwrap_or_default();
+        self.write_record_with(vm, cgroups)
+    }
+
+    fn write_record_with(&self, vm: Option<&Vm>, cgroups: Vec<PathBuf>) -> io::Result<()> {
         let record = Record {
             pod: self.identity.id.clone(),
             socket: self.identity.socket.clone(),
             shim: ProcessId::of(process::id())?,
             vmm: vm.and_then(|vm| ProcessId::of(vm.pid).ok()),
-            cgroups: vm.map(|vm| vm.cgroups().to_vec()).unwrap_or_default(),
+            cgroups,
         };
         record.write(&self.record_of(&self.identity.id))
     }

@@ -28,6 +28,8 @@ use crate::{
     task,
 };
 
+/// The variable that says where containerd takes events.
+pub const EVENTS: &str = "TTRPC_ADDRESS";
 /// For containerd to take the last events.
 const FLUSH: Duration = Duration::from_secs(2);
 /// For containerd to ask for the first container. It may have lost interest, or its life.
@@ -103,7 +105,7 @@ fn serve(invocation: &Invocation) -> Result<()> {
 
 /// Where containerd takes events.
 fn events_socket(invocation: &Invocation) -> String {
-    match env::var("TTRPC_ADDRESS") {
+    match env::var(EVENTS) {
         Ok(address) if !address.is_empty() => address,
         _ => format!("{}.ttrpc", invocation.address),
     }

@@ -5,6 +5,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod beginning;
 mod fake_vmm;
 mod host_programs;
 mod templates;
@@ -101,6 +102,8 @@ fn main() {
         two_containers_deleted_at_once_leave_no_vm
         a_start_that_was_given_up_runs_nothing
         a_guest_that_does_not_end_what_is_killed_goes
+        beginning::each_containerd_is_answered_in_its_own_way
+        beginning::it_says_what_it_is
         host_programs::hooks_are_run_in_their_time
         host_programs::a_hook_that_fails_ends_the_creation
         host_programs::a_poststart_hook_that_fails_ends_the_container
@@ -853,7 +856,7 @@ async fn a_vm_started_ahead_and_not_wanted_leaves_nothing() {
     let mut request = host.create_request(&task);
     request.stdout = "binary:///nowhere".into();
     let (_, message) = code(task.client.create(soon(), &request).await);
-    assert!(message.contains("binary:///nowhere"), "{message}");
+    assert!(message.contains("start the logger /nowhere"), "{message}");
     task.shutdown().await;
     host.nothing_is_left(&task.address()).await;
 

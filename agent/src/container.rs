@@ -152,10 +152,15 @@ impl Container {
             stdio: &ends.child,
             init: None,
         };
-        let (mut launch, exit) = Launch::begin(start, &ground.reaper, &order).await?;
+        let explain = |error: LaunchError| match cgroup.oom_kills() {
+            1.. if error.may_be_memory() => LaunchError::OutOfMemory,
+            _ => error,
+        };
+        let begun = Launch::begin(start, &ground.reaper, &order).await;
+        let (mut launch, exit) = begun.map_err(explain)?;
         // From here on, so that what the process holds alone is closed with it.
         let mut copying = ends.copy();
-        let filter = launch.ready().await?;
+        let filter = launch.ready().await.map_err(explain)?;
         if let Some(master) = launch.terminal() {
             copying
                 .terminal(master, terminal)
@@ -470,6 +475,7 @@ impl Container {
     }
 
     pub async fn update(&self, resources: Resources) -> Result<(), Fault> {
+        notice(&self.id, &resources.without_effect());
         Ok(self
             .aside("update", move |cgroup| cgroup.apply(&resources))
             .await??)

@@ -62,9 +62,10 @@ impl From<Problem> for Fault {
 impl From<CgroupError> for Fault {
     fn from(error: CgroupError) -> Self {
         match error {
-            CgroupError::Spec(_) | CgroupError::BelowUse { .. } => {
-                Fault::Invalid(error.to_string())
-            }
+            CgroupError::Spec(_)
+            | CgroupError::BelowUse { .. }
+            | CgroupError::NoDevice(_)
+            | CgroupError::NoController { .. } => Fault::Invalid(error.to_string()),
             CgroupError::Exists(_) => Fault::Exists(error.to_string()),
             _ => Fault::Broken(error.to_string()),
         }

@@ -43,9 +43,21 @@ pub enum LaunchError {
     Failed { reason: String, blame: Blame },
     #[error("the process was killed before it ran its program")]
     Killed,
+    /// runc's words.
+    #[error("container init was OOM-killed (memory limit too low?)")]
+    OutOfMemory,
 }
 
 impl LaunchError {
+    /// It died without a word, or was never born: the kernel may have had no memory for it.
+    pub fn may_be_memory(&self) -> bool {
+        match self {
+            Self::Killed | Self::Control(ControlError::Ended | ControlError::Socket(_)) => true,
+            Self::Fork(error) => error.raw_os_error() == Some(libc::ENOMEM),
+            _ => false,
+        }
+    }
+
     /// The cgroup takes no processes: its children have controllers.
     pub fn is_full_cgroup(&self) -> bool {
         matches!(self, Self::Fork(error) if error.raw_os_error() == Some(libc::EBUSY))
@@ -59,6 +71,7 @@ impl From<LaunchError> for Fault {
                 reason,
                 blame: Blame::Request,
             } => Fault::Invalid(reason),
+            LaunchError::OutOfMemory => Fault::Invalid(error.to_string()),
             other => Fault::Broken(other.to_string()),
         }
     }

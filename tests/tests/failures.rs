@@ -12,7 +12,7 @@ use husk_tests::{
     census::Census,
     command::{self, Outcome},
     cpio,
-    ctr::{Run, Runtime},
+    ctr::{Container, Run, Runtime},
     settings::{COLD, Settings},
 };
 
@@ -302,4 +302,90 @@ fn a_missing_binary_says_what_runc_says() {
         &husk,
         &["no-such-binary", "executable file not found in $PATH"],
     );
+}
+
+/// Files that are no programs, each in its own way.
+fn no_programs() -> &'static str {
+    let path = Path::new("/var/tmp/no-programs");
+    fs::create_dir_all(path).expect("create a directory");
+    // The head of an ELF file for AArch64, as far as the kernel looks.
+    let mut foreign = b"\x7fELF\x02\x01\x01".to_vec();
+    foreign.resize(16, 0);
+    foreign.extend([2, 0, 183, 0, 1, 0, 0, 0]);
+    foreign.resize(64, 0);
+    for (name, mode, content) in [
+        ("garbage", 0o755, b"\x01nothing that runs".as_slice()),
+        ("foreign", 0o755, &foreign),
+        ("interpreter", 0o755, b"#!/no/such/interpreter\n"),
+        ("plain", 0o644, b"#!/bin/sh\n"),
+    ] {
+        let file = path.join(name);
+        fs::write(&file, content).expect("write");
+        fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(mode))
+            .expect("chmod");
+    }
+    "type=bind,src=/var/tmp/no-programs,dst=/data,options=rbind:ro"
+}
+
+/// Docker and nerdctl look for these words, and take 126 or 127 from them.
+#[test]
+fn what_cannot_be_run_says_and_returns_what_it_does_under_runc() {
+    let mount = no_programs();
+    let [husk, runc] = [Runtime::Husk, Runtime::Runc].map(|runtime| {
+        Container::detached(
+            runtime,
+            &["--null-io", "--mount", mount],
+            &["sleep", "86400"],
+        )
+    });
+    let mut different = Vec::new();
+    for (args, cwd, words) in [
+        (
+            &["no-such-binary"][..],
+            "/",
+            "exec: \"no-such-binary\": executable file not found in $PATH",
+        ),
+        (
+            &["/no/such/binary"],
+            "/",
+            "exec: \"/no/such/binary\": stat /no/such/binary: no such file or directory",
+        ),
+        (&["/data"], "/", "exec: \"/data\": is a directory"),
+        (
+            &["/data/plain"],
+            "/",
+            "exec: \"/data/plain\": permission denied",
+        ),
+        (
+            &["/data/garbage"],
+            "/",
+            "exec /data/garbage: exec format error",
+        ),
+        (
+            &["/data/foreign"],
+            "/",
+            "exec /data/foreign: exec format error",
+        ),
+        (
+            &["/data/interpreter"],
+            "/",
+            "exec /data/interpreter: no such file or directory",
+        ),
+        (&["true"], "/data/plain", "/data/plain"),
+    ] {
+        let flags = ["--cwd", cwd, "--mount", mount];
+        let run = |runtime| Run::husk(args).flags(&flags).runtime(runtime).go();
+        let exec = |container: &Container| {
+            command::run(&mut container.exec_command(&["--cwd", cwd], args), b"")
+        };
+        for (what, husk, runc) in [
+            ("run", run(Runtime::Husk), run(Runtime::Runc)),
+            ("exec", exec(&husk), exec(&runc)),
+        ] {
+            if husk.code() != runc.code() || !husk.err().contains(words) {
+                different.push(format!("{what} {args:?} in {cwd}: {husk:?}{runc:?}"));
+            }
+        }
+    }
+    assert!(different.is_empty(), "{}", different.join("\n"));
 }

@@ -24,7 +24,7 @@ fn the_default_seccomp_profile_holds() {
 #[test]
 fn a_seccomp_profile_does_what_it_does_under_runc() {
     // Without flags: the lab's runc is older than these.
-    let script = "mkdir /tmp/x; chmod 700 /tmp; echo $?; chmod 755 /tmp; echo $?; ln /bin/sh /tmp/y; echo $?";
+    let script = "ulimit -c 0; mkdir /tmp/x; chmod 700 /tmp; echo $?; chmod 755 /tmp; echo $?; ln /bin/sh /tmp/y; echo $?";
     for no_new_privileges in [true, false] {
         let mut bundle = Bundle::new(&["sh", "-c", script]);
         bundle.spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
@@ -64,6 +64,65 @@ fn an_unsupported_field_is_named() {
     let outcome = bundle.run(Runtime::Husk);
     assert!(
         outcome.err().contains("linux.seccomp.defaultAction"),
+        "{outcome:?}"
+    );
+}
+
+/// Resources become the same files of cgroup v2.
+#[test]
+fn resources_are_those_that_runc_sets() {
+    let files = "cpu.weight cpu.max memory.max memory.low memory.high memory.swap.max pids.max hugetlb.2MB.max";
+    let script = format!("cd /sys/fs/cgroup; for f in {files}; do echo $f $(cat $f); done");
+    let mut bundle = Bundle::new(&["sh", "-c", &script]);
+    let mounts = bundle.spec["mounts"].as_array_mut().expect("mounts");
+    mounts.retain(|mount| mount["destination"] != "/sys/fs/cgroup");
+    mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+    bundle.spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("namespaces")
+        .push(json!({"type": "cgroup"}));
+    bundle.spec["linux"]["resources"] = json!({
+        "cpu": {"shares": 512, "quota": 50_000, "period": 90_000},
+        "memory": {"limit": 64 << 20, "reservation": 32 << 20, "swap": 80 << 20, "swappiness": 60, "disableOOMKiller": false},
+        "pids": {"limit": 50},
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
+        "network": {"classID": 5},
+        "unified": {"memory.high": "50331648", "pids.max": "40"},
+    });
+    let outcome = bundle.assert_equals_runc();
+    assert!(outcome.out().contains("pids.max 40\n"), "{outcome:?}");
+
+    bundle.spec["process"]["args"] = json!(["cat", "/sys/fs/cgroup/io.weight"]);
+    bundle.spec["linux"]["resources"] = json!({"blockIO": {"weight": 500}});
+    assert_eq!(bundle.run(Runtime::Husk).ok(), "default 4950\n");
+    for (resources, words) in [
+        (
+            json!({"unified": {"nosuch.max": "1"}}),
+            "unified resource \"nosuch.max\" can't be set: controller \"nosuch\" not available",
+        ),
+        (
+            json!({"blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}),
+            "linux.resources.blockIO: \"8:0 rbps=1\": the guest has no such device",
+        ),
+    ] {
+        bundle.spec["linux"]["resources"] = resources;
+        let outcome = bundle.run(Runtime::Husk);
+        assert!(
+            outcome.code() != 0 && outcome.err().contains(words),
+            "{outcome:?}"
+        );
+    }
+}
+
+/// runc says so too, and clients show it.
+#[test]
+fn a_limit_of_memory_that_is_too_low_to_start_is_named() {
+    let mut bundle = Bundle::new(&["true"]);
+    bundle.spec["linux"]["resources"] = json!({"memory": {"limit": 65_536}});
+    let outcome = bundle.run(Runtime::Husk);
+    assert_ne!(outcome.code(), 0);
+    assert!(
+        outcome.err().contains("OOM-killed (memory limit too low?)"),
         "{outcome:?}"
     );
 }

@@ -14,6 +14,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, openat};
+use settings::{Refused, Setting};
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
 
@@ -49,8 +50,18 @@ pub enum CgroupError {
     },
     #[error("cgroup {path}: {0}", path = .1.display())]
     Filter(FilterError, PathBuf),
-    #[error("linux.resources.memory.limit: {limit} bytes is below the present use of {used}")]
-    BelowUse { limit: i64, used: i64 },
+    #[error("linux.resources.memory: rejecting {what} limit {limit} <= usage {used}")]
+    BelowUse {
+        what: &'static str,
+        limit: i64,
+        used: i64,
+    },
+    #[error(
+        "linux.resources.blockIO: {0:?}: the guest has no such device, and its limit cannot be kept"
+    )]
+    NoDevice(String),
+    #[error("unified resource {file:?} can't be set: controller {controller:?} not available")]
+    NoController { file: String, controller: String },
     #[error("cgroup {path} is not {state} after {patience:?}", patience = PATIENCE)]
     Impatient { path: PathBuf, state: &'static str },
 }
@@ -123,22 +134,48 @@ impl Cgroup {
     /// them: runc does not change those of a running container either.
     pub fn apply(&self, resources: &Resources) -> Result<(), CgroupError> {
         let settings = settings::settings(resources)?;
-        if let (Some(true), Some(limit @ 1..)) =
-            (resources.memory.check_before_update, resources.memory.limit)
-        {
+        let memory = &resources.memory;
+        if memory.check_before_update == Some(true) {
             let used = self.number("memory.current").unwrap_or(0);
-            if used > limit {
-                return Err(CgroupError::BelowUse { limit, used });
+            for (what, limit) in [("memory+swap", memory.swap), ("memory", memory.limit)] {
+                if let Some(limit) = limit.filter(|&limit| limit > 0 && limit <= used) {
+                    return Err(CgroupError::BelowUse { what, limit, used });
+                }
             }
         }
         for setting in settings {
-            match self.write(&setting.file, &setting.value) {
-                Err(CgroupError::Write { cause, .. })
-                    if setting.may_be_missing && cause.kind() == io::ErrorKind::NotFound => {}
-                other => other?,
+            if let Err(error) = self.write(&setting.file, &setting.value) {
+                self.judge(&setting, error)?;
             }
         }
         Ok(())
+    }
+
+    /// What a refusal of the kernel means.
+    fn judge(&self, setting: &Setting, error: CgroupError) -> Result<(), CgroupError> {
+        let CgroupError::Write { cause, .. } = &error else {
+            return Err(error);
+        };
+        let number = cause.raw_os_error();
+        let missing = matches!(number, Some(libc::ENOENT | libc::EPERM | libc::EACCES));
+        match setting.refused {
+            Refused::Harmless(harmless) if number == Some(harmless) => Ok(()),
+            Refused::Unified if missing => {
+                let controller = setting.file.split('.').next().unwrap_or_default();
+                let there = self.read("cgroup.controllers").unwrap_or_default();
+                if controller == "cgroup" || there.split_whitespace().any(|one| one == controller) {
+                    return Err(error);
+                }
+                Err(CgroupError::NoController {
+                    file: setting.file.clone(),
+                    controller: controller.into(),
+                })
+            }
+            _ if setting.file == "io.max" && number == Some(libc::ENODEV) => {
+                Err(CgroupError::NoDevice(setting.value.clone()))
+            }
+            _ => Err(error),
+        }
     }
 
     /// To be called once, before the first process.

@@ -3,22 +3,31 @@
 //! Owned by `cgroup`, which writes the files in the order given here. Must never touch the system.
 
 use crate::spec::Problem;
-use crate::spec::resources::{Cpu, Memory, Resources};
+use crate::spec::resources::{BlockIo, Cpu, Memory, Resources};
 
 /// A file of the container's cgroup and what is to be written into it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setting {
     pub file: String,
     pub value: String,
-    /// A kernel without swap has no such file, and no swap to limit.
-    pub may_be_missing: bool,
+    pub refused: Refused,
+}
+
+/// What it means when the kernel refuses a setting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refused {
+    Failure,
+    /// This error number means that there is nothing to limit, or that the setting comes again later.
+    Harmless(i32),
+    /// The user named the file: the error says whether its controller is there.
+    Unified,
 }
 
 fn setting(file: impl Into<String>, value: impl ToString) -> Setting {
     Setting {
         file: file.into(),
         value: value.to_string(),
-        may_be_missing: false,
+        refused: Refused::Failure,
     }
 }
 
@@ -27,6 +36,7 @@ pub fn settings(resources: &Resources) -> Result<Vec<Setting>, Problem> {
     let mut list = Vec::new();
     cpu(&resources.cpu, &mut list);
     memory(&resources.memory, &mut list)?;
+    io(&resources.block_io, &mut list)?;
     match resources.pids.limit {
         None | Some(0) => {}
         Some(limit) => list.push(setting("pids.max", bytes(limit))),
@@ -42,22 +52,76 @@ pub fn settings(resources: &Resources) -> Result<Vec<Setting>, Problem> {
             format!("hugetlb.{}.max", page.page_size),
             page.limit,
         ));
+        // Reservations, which older kernels do not count.
+        list.push(Setting {
+            refused: Refused::Harmless(libc::ENOENT),
+            ..setting(format!("hugetlb.{}.rsvd.max", page.page_size), page.limit)
+        });
     }
     for (file, value) in &resources.unified {
-        // A name of one file: nothing that leads out of the container's own cgroup.
-        if file.contains(['/', '\0'])
-            || !file.contains('.')
-            || file.starts_with('.')
-            || file.starts_with("cgroup.")
-        {
-            return Err(Problem::new(
-                format!("linux.resources.unified.{file}"),
-                "is no file of a resource",
-            ));
-        }
-        list.push(setting(file, value));
+        unified(file, value, &mut list)?;
     }
     Ok(list)
+}
+
+fn unified(file: &str, value: &str, list: &mut Vec<Setting>) -> Result<(), Problem> {
+    let wrong = |what: &str| {
+        let field = format!("linux.resources.unified.{file}");
+        Err(Problem::new(field, what))
+    };
+    // A name of one file: nothing that leads out of the container's own cgroup.
+    if file.contains(['/', '\0']) {
+        return wrong("must be a file name (no slashes)");
+    }
+    match file.split_once('.') {
+        None | Some(("", _)) | Some((_, "")) => {
+            return wrong("must be in the form CONTROLLER.PARAMETER");
+        }
+        // The others move, stop or end processes, behind the back of whoever made the container.
+        Some(("cgroup", name)) if !matches!(name, "max.depth" | "max.descendants" | "pressure") => {
+            return wrong("is not a resource");
+        }
+        Some(_) => {}
+    }
+    // The kernel takes one line at a time; an empty value is one, too.
+    let lines = value.lines().filter(|line| !line.is_empty());
+    let empty = value.is_empty().then_some("");
+    for line in lines.chain(empty) {
+        list.push(Setting {
+            refused: Refused::Unified,
+            ..setting(file, line)
+        });
+    }
+    Ok(())
+}
+
+fn io(io: &BlockIo, list: &mut Vec<Setting>) -> Result<(), Problem> {
+    match io.weight {
+        None | Some(0) => {}
+        // 10 to 1000 of cgroup v1 onto 1 to 10000, linearly.
+        Some(weight @ 10..=1000) => {
+            let weight = 1 + (u64::from(weight) - 10) * 9_999 / 990;
+            list.push(setting("io.weight", weight));
+        }
+        Some(weight) => {
+            return Err(Problem::new(
+                "linux.resources.blockIO.weight",
+                format!("{weight} is not within 10 to 1000"),
+            ));
+        }
+    }
+    for (devices, key) in [
+        (&io.throttle_read_bps_device, "rbps"),
+        (&io.throttle_write_bps_device, "wbps"),
+        (&io.throttle_read_iops_device, "riops"),
+        (&io.throttle_write_iops_device, "wiops"),
+    ] {
+        for device in devices {
+            let value = format!("{}:{} {key}={}", device.major, device.minor, device.rate);
+            list.push(setting("io.max", value));
+        }
+    }
+    Ok(())
 }
 
 fn cpu(cpu: &Cpu, list: &mut Vec<Setting>) {
@@ -68,6 +132,14 @@ fn cpu(cpu: &Cpu, list: &mut Vec<Setting>) {
         list.push(setting("cpu.weight", weight(shares)));
     }
     let (quota, period) = (cpu.quota.unwrap_or(0), cpu.period.unwrap_or(0));
+    // A burst is at most the quota, the old one as well as the new one: once before, where it shrinks, and once
+    // behind, where it grows.
+    if let Some(burst) = cpu.burst.filter(|_| quota != 0) {
+        list.push(Setting {
+            refused: Refused::Harmless(libc::EINVAL),
+            ..setting("cpu.max.burst", burst)
+        });
+    }
     if quota != 0 || period != 0 {
         let quota = if quota > 0 {
             quota.to_string()
@@ -102,18 +174,18 @@ fn bytes(value: i64) -> String {
 }
 
 fn memory(memory: &Memory, list: &mut Vec<Setting>) -> Result<(), Problem> {
-    if memory.use_hierarchy == Some(false) {
-        return Err(Problem::new(
-            "linux.resources.memory.useHierarchy",
-            "false is not possible in cgroup v2",
-        ));
-    }
     let limit = memory.limit.unwrap_or(0);
     let swap = swap(limit, memory.swap.unwrap_or(0))?;
     // Swap first when it grows, or the memory limit would be met by swapping less: runc's order.
     if let Some(value) = swap {
+        // A kernel without swap has no such file; what needs none is met there.
+        let met = value == "max" || value == "0";
         list.push(Setting {
-            may_be_missing: true,
+            refused: if met {
+                Refused::Harmless(libc::ENOENT)
+            } else {
+                Refused::Failure
+            },
             ..setting("memory.swap.max", value)
         });
     }
@@ -220,19 +292,14 @@ mod tests {
     #[test]
     fn what_is_not_done_is_refused_by_name() {
         for (json, field) in [
-            (r#"{"memory":{"kernel":5}}"#, "memory.kernel"),
-            (r#"{"memory":{"swappiness":60}}"#, "memory.swappiness"),
-            (
-                r#"{"memory":{"disableOOMKiller":true}}"#,
-                "memory.disableOOMKiller",
-            ),
-            (r#"{"cpu":{"realtimePeriod":5}}"#, "cpu.realtimePeriod"),
-            (r#"{"blockIO":{"weight":5}}"#, "blockIO"),
-            (r#"{"network":{"classID":5}}"#, "network"),
             (r#"{"rdma":{"mlx5_1":{"hcaHandles":3}}}"#, "rdma"),
             (
-                r#"{"memory":{"useHierarchy":false}}"#,
-                "linux.resources.memory.useHierarchy",
+                r#"{"blockIO":{"weight":9}}"#,
+                "linux.resources.blockIO.weight",
+            ),
+            (
+                r#"{"unified":{"memory":"1"}}"#,
+                "linux.resources.unified.memory",
             ),
             (
                 r#"{"unified":{"../x.y":"1"}}"#,
@@ -257,6 +324,92 @@ mod tests {
     }
 
     #[test]
+    fn what_cgroup_v2_has_no_place_for_is_named_and_writes_nothing() {
+        for (json, field) in [
+            (r#"{"memory":{"kernel":5}}"#, "memory.kernel"),
+            (r#"{"memory":{"kernelTCP":5}}"#, "memory.kernelTCP"),
+            (r#"{"memory":{"swappiness":60}}"#, "memory.swappiness"),
+            (
+                r#"{"memory":{"disableOOMKiller":true}}"#,
+                "memory.disableOOMKiller",
+            ),
+            (
+                r#"{"memory":{"useHierarchy":false}}"#,
+                "memory.useHierarchy",
+            ),
+            (r#"{"cpu":{"realtimePeriod":5}}"#, "cpu.realtimePeriod"),
+            (r#"{"cpu":{"realtimeRuntime":5}}"#, "cpu.realtimeRuntime"),
+            (
+                r#"{"blockIO":{"weightDevice":[{"major":8,"minor":0,"weight":50}]}}"#,
+                "blockIO.weightDevice",
+            ),
+            (r#"{"blockIO":{"leafWeight":50}}"#, "blockIO.leafWeight"),
+            (r#"{"network":{"classID":5}}"#, "network"),
+        ] {
+            assert!(of(json).unwrap().is_empty(), "{json}");
+            let resources: Resources = crate::spec::parse(json.as_bytes()).unwrap();
+            assert_eq!(
+                resources.without_effect(),
+                [format!("linux.resources.{field}")]
+            );
+        }
+    }
+
+    #[test]
+    fn io_as_runc_converts_it() {
+        let all = r#"{"blockIO":{"weight":500,
+            "throttleReadBpsDevice":[{"major":7,"minor":1,"rate":10}],
+            "throttleWriteBpsDevice":[{"major":7,"minor":2,"rate":20}],
+            "throttleReadIOPSDevice":[{"major":7,"minor":3,"rate":30}],
+            "throttleWriteIOPSDevice":[{"major":7,"minor":4,"rate":40}]}}"#;
+        let list = of(all).unwrap();
+        let expected = [
+            ("io.weight", "4950"),
+            ("io.max", "7:1 rbps=10"),
+            ("io.max", "7:2 wbps=20"),
+            ("io.max", "7:3 riops=30"),
+            ("io.max", "7:4 wiops=40"),
+        ];
+        assert_eq!(
+            list,
+            expected.map(|(file, value)| (file.into(), value.into()))
+        );
+        for (weight, value) in [(10, "1"), (1000, "10000")] {
+            let json = format!(r#"{{"blockIO":{{"weight":{weight}}}}}"#);
+            assert_eq!(of(&json).unwrap()[0].1, value);
+        }
+    }
+
+    #[test]
+    fn a_burst_is_written_on_both_sides_of_the_quota() {
+        let files = |json: &str| -> Vec<String> {
+            of(json)
+                .unwrap()
+                .into_iter()
+                .map(|(file, _)| file)
+                .collect()
+        };
+        assert_eq!(
+            files(r#"{"cpu":{"quota":5000,"burst":1000}}"#),
+            ["cpu.max.burst", "cpu.max", "cpu.max.burst"]
+        );
+        assert_eq!(files(r#"{"cpu":{"burst":1000}}"#), ["cpu.max.burst"]);
+    }
+
+    #[test]
+    fn reservations_of_huge_pages_are_limited_with_their_use() {
+        let list = of(r#"{"hugepageLimits":[{"pageSize":"2MB","limit":4194304}]}"#).unwrap();
+        let expected = [
+            ("hugetlb.2MB.max", "4194304"),
+            ("hugetlb.2MB.rsvd.max", "4194304"),
+        ];
+        assert_eq!(
+            list,
+            expected.map(|(file, value)| (file.into(), value.into()))
+        );
+    }
+
+    #[test]
     fn unified_files_come_last_and_as_they_are() {
         let list =
             of(r#"{"pids":{"limit":5},"unified":{"pids.max":"7","memory.high":"1M"}}"#).unwrap();
@@ -265,5 +418,8 @@ mod tests {
             &("pids.max".to_string(), "7".to_string())
         );
         assert_eq!(list.len(), 3);
+        let lines = of(r#"{"unified":{"io.max":"7:0 rbps=1\n7:1 rbps=2\n"}}"#).unwrap();
+        assert_eq!(lines.len(), 2);
+        assert!(of(r#"{"unified":{"cgroup.max.depth":"3"}}"#).is_ok());
     }
 }

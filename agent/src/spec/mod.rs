@@ -215,6 +215,7 @@ impl Spec {
     /// What is asked for and has no effect in a guest, for the log.
     pub fn without_effect(&self) -> Vec<String> {
         let mut list = self.process.without_effect();
+        list.extend(self.linux.resources.without_effect());
         for (Ignored(set), name) in [
             (self.linux.mount_label, "linux.mountLabel"),
             (self.linux.intel_rdt, "linux.intelRdt"),

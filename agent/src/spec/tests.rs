@@ -59,8 +59,6 @@ fn every_field_nobody_acts_on_is_refused_by_name() {
         "linux.rootfsPropagation",
         "linux.memoryPolicy",
         "linux.personality",
-        "linux.resources.blockIO",
-        "linux.resources.network",
         "linux.resources.rdma",
     ] {
         let mut spec = document();

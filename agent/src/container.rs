@@ -99,7 +99,7 @@ impl Container {
         };
         notice(id, &spec.without_effect());
         let cgroup = Cgroup::create(&ground.cgroups, path)?;
-        match Self::launch(&ground, &cgroup, &spec, stdio).await {
+        match Self::launch(&ground, id, &cgroup, &spec, stdio).await {
             Ok((init, exit, filter)) => {
                 let mut namespaces = born_into(&spec);
                 if spec.has(NamespaceKind::Cgroup) {
@@ -133,6 +133,7 @@ impl Container {
 
     async fn launch(
         ground: &Ground,
+        id: &str,
         cgroup: &Cgroup,
         spec: &Spec,
         stdio: &Stdio,
@@ -142,6 +143,7 @@ impl Container {
         let attached = ground.arrivals.attach(stdio, spec.process.terminal).await?;
         let (ends, terminal) = Ends::new(attached)?;
         let order = Order::Container(Box::new(ContainerPlan {
+            id: id.into(),
             spec: spec.clone(),
             cgroup: cgroup.path().into(),
         }));

@@ -42,6 +42,7 @@ pub enum Order {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ContainerPlan {
+    pub id: String,
     pub spec: Spec,
     /// The container's own cgroup, for a container that has no cgroup namespace.
     pub cgroup: PathBuf,

@@ -300,3 +300,133 @@ fn an_added_process_has_the_containers_umask_and_score_unless_it_says_otherwise(
         rig.remove(&c.id).await;
     });
 }
+
+/// A shell script as a hook.
+fn hook(script: &str) -> Value {
+    json!({"path": "/bin/sh", "args": ["sh", "-c", script], "env": ["WHO=hook"]})
+}
+
+#[test]
+fn hooks_run_inside_the_container_in_their_order() {
+    with_rig!(rig, {
+        let image = rig.fresh_image("hooks");
+        let log = "echo $WHO $0 $(id -u) $(hostname) $(readlink /proc/self/ns/mnt) >>/tmp/log; cat >>/tmp/log; echo >>/tmp/log";
+        let mut spec = rig.spec(&[
+            "sh",
+            "-c",
+            "echo program >>/tmp/log; cat /tmp/log; readlink /proc/self/ns/mnt",
+        ]);
+        spec["root"]["path"] = json!(image);
+        spec["root"]["readonly"] = json!(false);
+        spec["hostname"] = json!("blue");
+        spec["annotations"] = json!({"org.example": "x"});
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        let at = |name: &str| {
+            let mut hook = hook(log);
+            hook["args"].as_array_mut().unwrap().push(json!(name));
+            hook
+        };
+        std::fs::set_permissions(
+            image.join("tmp"),
+            std::os::unix::fs::PermissionsExt::from_mode(0o777),
+        )
+        .unwrap();
+        let open = hook("touch /tmp/log; chmod 666 /tmp/log");
+        spec["hooks"] =
+            json!({"createContainer": [open, at("a"), at("b")], "startContainer": [at("c")]});
+        let c = rig.create(spec).await.unwrap();
+        let before = std::fs::read_to_string(image.join("tmp/log")).unwrap();
+        assert_eq!(before.lines().count(), 4, "{before}");
+        rig.start(&c.id, "").await.unwrap();
+        let (out, err) = c.io.rest().await;
+        rig.exit(&c.id, "").await;
+        rig.delete(&c.id, "").await.unwrap();
+        let lines: Vec<&str> = out.lines().collect();
+        assert_eq!(lines.len(), 8, "{out} {err}");
+        let namespace = lines[7];
+        for (i, (name, user, status)) in [
+            ("a", 0, "creating"),
+            ("b", 0, "creating"),
+            ("c", 1000, "created"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            assert_eq!(lines[2 * i], format!("hook {name} {user} blue {namespace}"));
+            let state: Value = serde_json::from_str(lines[2 * i + 1]).unwrap();
+            assert_eq!(
+                (&state["id"], &state["status"]),
+                (&json!(c.id), &json!(status))
+            );
+            assert_eq!(
+                (&state["pid"], &state["annotations"]["org.example"]),
+                (&json!(1), &json!("x"))
+            );
+            assert!(state["ociVersion"].is_string() && state["bundle"].is_string());
+        }
+        assert_eq!(lines[6], "program");
+        std::fs::remove_dir_all(image).unwrap();
+    });
+}
+
+#[test]
+fn a_hook_that_fails_ends_the_container_in_runcs_words() {
+    with_rig!(rig, {
+        let mut slow = hook("sleep 1000");
+        slow["timeout"] = json!(1);
+        for (failing, words) in [
+            (
+                hook("echo out; echo err >&2; exit 3"),
+                "exit status 3, stdout: out, stderr: err",
+            ),
+            (hook("kill -9 $$"), "signal: killed, stdout: , stderr: "),
+            (
+                json!({"path": "/no/such"}),
+                "fork/exec /no/such: no such file or directory",
+            ),
+            (
+                json!({"path": "/etc/passwd"}),
+                "fork/exec /etc/passwd: permission denied",
+            ),
+            (slow, "hook ran past specified timeout of 1.0s"),
+        ] {
+            let mut spec = rig.spec(&["true"]);
+            let cgroup = rig.cgroup(spec["linux"]["cgroupsPath"].as_str().unwrap());
+            spec["hooks"] = json!({"createContainer": [hook("true"), failing.clone()]});
+            let error = rig.create(spec.clone()).await.unwrap_err();
+            let expected = format!("error running createContainer hook #1: {words}");
+            assert_eq!(error, ("INVALID_ARGUMENT".into(), expected));
+            assert!(!cgroup.exists());
+
+            spec["hooks"] = json!({"startContainer": [failing]});
+            let c = rig.create(spec).await.unwrap();
+            let error = rig.start(&c.id, "").await.unwrap_err();
+            let expected = format!("error running startContainer hook #0: {words}");
+            assert_eq!(error, ("INVALID_ARGUMENT".into(), expected));
+            rig.delete(&c.id, "").await.unwrap();
+            assert!(!cgroup.exists());
+        }
+    });
+}
+
+#[test]
+fn a_start_hook_is_confined_like_the_program() {
+    with_rig!(rig, {
+        let script = "mkdir /tmp/x 2>&1; grep -E '^(CapEff|Seccomp):' /proc/self/status; false";
+        let mut spec = rig.spec(&["true"]);
+        spec["process"]["noNewPrivileges"] = json!(true);
+        spec["process"]["user"] = json!({"uid": 1000, "gid": 1000});
+        spec["process"]["capabilities"] = json!({});
+        spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+            {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]});
+        spec["hooks"] = json!({"startContainer": [hook(script)]});
+        let c = rig.create(spec).await.unwrap();
+        let error = rig.start(&c.id, "").await.unwrap_err().1;
+        assert!(error.contains("Function not implemented"), "{error}");
+        assert!(
+            error.contains("CapEff:\t0000000000000000\nSeccomp:\t2"),
+            "{error}"
+        );
+        rig.delete(&c.id, "").await.unwrap();
+    });
+}

@@ -9,6 +9,7 @@ mod console;
 mod devices;
 mod failure;
 mod find;
+mod hooks;
 mod inside;
 mod mount_options;
 mod mounts;
@@ -78,7 +79,7 @@ fn container(
     helper: &mut Helper,
     plan: &ContainerPlan,
 ) -> Result<std::convert::Infallible, Failure> {
-    let ContainerPlan { spec, cgroup } = plan;
+    let ContainerPlan { id, spec, cgroup } = plan;
     rustix::process::setsid().guest(|| "make a session".into())?;
     if spec.has(NamespaceKind::Cgroup) {
         // From inside the cgroup, so that it becomes the namespace's root.
@@ -88,6 +89,13 @@ fn container(
     name_host(spec)?;
     let root = rootfs::build(spec, cgroup)?;
     rootfs::enter(&root)?;
+    let creating = hooks::Stage {
+        kind: "createContainer",
+        status: "creating",
+        hooks: &spec.hooks.create_container,
+        filter: None,
+    };
+    hooks::run(id, spec, &creating)?;
     rootfs::make_directory(&root, &spec.process.cwd)?;
     if spec.process.terminal {
         console::open_terminal(helper, &spec.process, true)?;
@@ -104,6 +112,13 @@ fn container(
         filter: filter.clone(),
     })?;
     wait_for_go(helper)?;
+    let starting = hooks::Stage {
+        kind: "startContainer",
+        status: "created",
+        hooks: &spec.hooks.start_container,
+        filter: program.filter,
+    };
+    hooks::run(id, spec, &starting)?;
     execute(helper, program)
 }
 

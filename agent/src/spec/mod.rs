@@ -4,6 +4,7 @@
 //! that the agent does not act on has the type [`unset::Unset`], and one that is not listed is an
 //! error. So nothing a user asked for is ever dropped in silence. Errors name the field by its path.
 
+pub mod hooks;
 pub mod process;
 pub mod resources;
 pub mod scheduling;
@@ -16,6 +17,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
+use hooks::Hooks;
 use process::Process;
 use resources::Resources;
 use seccomp::Seccomp;
@@ -53,12 +55,12 @@ pub struct Spec {
     pub mounts: Vec<Mount>,
     #[serde(default, deserialize_with = "or_default")]
     pub linux: Linux,
-    /// For the host's eyes; read so that a malformed one is an error here too.
-    #[serde(default, skip_serializing, deserialize_with = "or_default")]
+    /// For the host's eyes, and for hooks.
+    #[serde(default, deserialize_with = "or_default")]
     pub annotations: HashMap<String, String>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub hooks: Hooks,
 
-    #[serde(default, skip_serializing)]
-    pub hooks: Unset,
     #[serde(default, skip_serializing)]
     pub solaris: Unset,
     #[serde(default, skip_serializing)]
@@ -230,6 +232,7 @@ impl Spec {
     /// Checks what the types do not say; to be called once, before anything is done.
     pub fn validate(&self) -> Result<(), Problem> {
         self.process.validate("process")?;
+        self.hooks.validate("hooks")?;
         absolute("root.path", &self.root.path)?;
         if !self.has(NamespaceKind::Mount) {
             return Err(Problem::new(

@@ -46,7 +46,10 @@ fn an_unknown_field_is_named_with_its_place() {
 fn every_field_nobody_acts_on_is_refused_by_name() {
     let set = serde_json::json!({"x": "y"});
     for path in [
-        "hooks",
+        "hooks.prestart",
+        "hooks.createRuntime",
+        "hooks.poststart",
+        "hooks.poststop",
         "solaris",
         "windows",
         "vm",
@@ -64,6 +67,10 @@ fn every_field_nobody_acts_on_is_refused_by_name() {
         let mut spec = document();
         let pointer = format!("/{}", path.replace('.', "/"));
         let (parent, key) = pointer.rsplit_once('/').unwrap();
+        if spec.pointer(parent).is_none() {
+            // The specification of ctr has none.
+            spec[&parent[1..]] = serde_json::json!({});
+        }
         spec.pointer_mut(parent).unwrap()[key] = set.clone();
         assert!(
             problem(&spec).starts_with(&format!("{path}: is set")),
@@ -146,6 +153,21 @@ fn wrong_values_are_named() {
             "/linux/sysctl",
             json!({"net..x": "1"}),
             "linux.sysctl.net..x",
+        ),
+        (
+            "/hooks",
+            json!({"createContainer": [{"path": "bin/x"}]}),
+            "hooks.createContainer[0].path",
+        ),
+        (
+            "/hooks",
+            json!({"startContainer": [{"path": "/x", "timeout": 0}]}),
+            "hooks.startContainer[0].timeout",
+        ),
+        (
+            "/hooks",
+            json!({"startContainer": [{"path": "/x"}, {"path": "/x", "env": ["A"]}]}),
+            "hooks.startContainer[1].env",
         ),
         (
             "/linux/devices",

@@ -763,7 +763,10 @@ fn nothing_is_left_behind() {
         let path = spec["linux"]["cgroupsPath"].as_str().unwrap().to_string();
         spec["linux"]["resources"]["unified"] = json!({"no.such": "1"});
         let error = rig.create(spec.clone()).await.unwrap_err();
-        assert!(error.1.contains("controller \"no\" not available"), "{error:?}");
+        assert!(
+            error.1.contains("controller \"no\" not available"),
+            "{error:?}"
+        );
         spec["linux"]["resources"]["unified"] = json!({});
         rig.create(spec).await.unwrap_err();
         assert!(!rig.cgroup(&path).exists());

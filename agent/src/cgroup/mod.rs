@@ -448,6 +448,40 @@ pub fn statistics(cgroup: &Cgroup) -> impl Iterator<Item = (String, String)> + '
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_limit_below_the_use_is_refused_where_that_is_asked_for() {
+        let path = std::env::temp_dir().join(format!("husk-use-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        for (file, text) in [
+            ("memory.current", "4096\n"),
+            ("memory.max", ""),
+            ("memory.swap.max", ""),
+        ] {
+            fs::write(path.join(file), text).unwrap();
+        }
+        let cgroup = Cgroup {
+            root: path.clone(),
+            directory: File::open(&path).unwrap().into(),
+            path: path.clone(),
+        };
+        let apply = |memory: &str| {
+            let resources = format!(r#"{{"memory":{memory}}}"#);
+            let resources = crate::spec::parse(resources.as_bytes()).unwrap();
+            cgroup.apply(&resources).map_err(|error| error.to_string())
+        };
+        let refused = apply(r#"{"limit":4096,"checkBeforeUpdate":true}"#).unwrap_err();
+        let swap = apply(r#"{"limit":5000,"swap":4000,"checkBeforeUpdate":true}"#);
+        let above = apply(r#"{"limit":4097,"swap":4098,"checkBeforeUpdate":true}"#);
+        let unasked = apply(r#"{"limit":10}"#);
+        fs::remove_dir_all(&path).unwrap();
+        assert_eq!(
+            refused,
+            "linux.resources.memory: rejecting memory limit 4096 <= usage 4096"
+        );
+        assert!(swap.is_err());
+        assert_eq!((above, unasked), (Ok(()), Ok(())));
+    }
+
     /// What cannot be frozen (a process in an uninterruptible sleep) must go on, or nothing would
     /// resume the rest.
     #[tokio::test(start_paused = true)]

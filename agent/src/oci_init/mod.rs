@@ -144,9 +144,10 @@ fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infa
         }
         Forked::Child => {}
     }
-    scheduling::pin("final", &affinity.last)?;
     rustix::process::setsid().guest(|| "make a session".into())?;
+    // What fails before is not heard: the agent takes who has ended for killed.
     wait_for_go(helper)?;
+    scheduling::pin("final", &affinity.last)?;
     if plan.process.terminal {
         console::open_terminal(helper, &plan.process, false)?;
     }

@@ -50,6 +50,14 @@ impl Outcome {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
+    /// With what a task has ended, if `ctr task delete` says so, which it does of all but 0.
+    pub fn status_of_task(&self) -> Option<u32> {
+        let text = self.err();
+        let (_, rest) = text.split_once("exit code ")?;
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse().ok()
+    }
+
     /// The output of a command that must have succeeded.
     #[track_caller]
     pub fn ok(self) -> String {

@@ -186,7 +186,6 @@ fn containers_go_on_while_containerd_is_killed_and_started() {
 
 /// From 1.7 to 2.1 and, as an upgrade may have to be taken back, from 2.1 to 1.7.
 #[test]
-#[ignore = "takes long: make test-long"]
 fn containers_go_on_while_containerd_is_upgraded_and_downgraded() {
     let _restored = Restored::when_dropped();
     if containerd::selected() != Version::V1_7 {
@@ -293,7 +292,6 @@ fn a_vmm_that_is_killed_is_told_once_and_leaves_nothing() {
 
 /// The agent is the guest's first process: it goes with its kernel, and the kernel with it.
 #[test]
-#[ignore = "takes long: make test-long"]
 fn an_agent_that_dies_is_told_once_and_leaves_nothing() {
     assert_end_is_told_once(&["--privileged"], |container| {
         // Nobody is left to say how it went.

@@ -91,6 +91,10 @@ impl Terminal {
         assert!(found.is_some(), "no {text:?} in {:?}", self.text());
     }
 
+    pub fn status(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     #[track_caller]
     pub fn finish(&mut self) -> ExitStatus {
         eventually(Instant::now() + PATIENCE, || {

@@ -129,6 +129,15 @@ fn set_up(plan: &Plan) -> Result<()> {
     } else {
         quick("mount", &["-o", "noatime", "/dev/vdc", "/results"])?;
     }
+    // As systemd mounts it.
+    quick(
+        "mount",
+        &[
+            "-o",
+            "remount,nsdelegate,memory_recursiveprot",
+            "/sys/fs/cgroup",
+        ],
+    )?;
     // Shared, as systemd makes it: what runtimes do to propagation must be seen.
     quick("mount", &["--make-rshared", "/"])?;
     // containerd's directories in memory: fast, and tmpfs carries overlay upper directories.

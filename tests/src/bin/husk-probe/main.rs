@@ -12,11 +12,13 @@
 //!   comes of it.
 //! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
 //!   [`Steady`](husk_tests::steady::Steady).
+//! * `husk-probe self [PATH...]`: prints all that it can see of itself, of its container and of these paths, see `look`.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
 //!   as `hostile` has it, or never answers anybody.
 
 mod guest;
 mod hostile;
+mod look;
 
 use std::{
     arch::x86_64::__cpuid_count,
@@ -100,9 +102,16 @@ fn run() -> Result<()> {
         [verb] if verb == "cpuid" => cpuid(),
         [verb] if verb == "streams" => streams(),
         [verb, file] if verb == "steady" => steady::run(Path::new(file)),
+        [verb, paths @ ..] if verb == "self" => {
+            let paths: Vec<_> = paths
+                .iter()
+                .map(|path| path.to_string_lossy().into_owned())
+                .collect();
+            look::run(&paths)
+        }
         _ => bail!(
             "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
-             steady FILE"
+             steady FILE | self [PATH...]"
         ),
     }
 }

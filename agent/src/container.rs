@@ -26,8 +26,9 @@ use crate::launch::{Launch, LaunchError, Start};
 use crate::oci_init::seccomp::Filter;
 use crate::process::{Added, Process, Stage};
 use crate::reaper::{Reaper, Status};
+use crate::spec::namespaces::{self, Maps};
 use crate::spec::resources::Resources;
-use crate::spec::{self, NamespaceKind, Spec};
+use crate::spec::{self, NamespaceKind, Problem, Spec};
 use crate::streams::{Arrivals, Ends};
 use crate::sys;
 
@@ -48,10 +49,10 @@ pub struct Container {
     id: String,
     ground: Rc<Ground>,
     cgroup: Cgroup,
-    /// `CLONE_NEW…` that an added process joins.
-    namespaces: i32,
     /// As the specification has it, for what added processes do not say.
-    defaults: spec::process::Process,
+    spec: Spec,
+    /// Of its user namespace.
+    maps: Option<Maps>,
     /// Of system calls, for added processes.
     filter: Option<Filter>,
     init: Rc<Process>,
@@ -61,17 +62,65 @@ pub struct Container {
     oom_watch: RefCell<Option<JoinHandle<()>>>,
 }
 
-/// Namespaces that init is born into. That of the cgroup is made from inside, see `oci_init`.
-fn born_into(spec: &Spec) -> i32 {
-    [
-        (NamespaceKind::Mount, libc::CLONE_NEWNS),
-        (NamespaceKind::Uts, libc::CLONE_NEWUTS),
-        (NamespaceKind::Ipc, libc::CLONE_NEWIPC),
-        (NamespaceKind::Pid, libc::CLONE_NEWPID),
-    ]
-    .into_iter()
-    .filter(|(kind, _)| spec.has(*kind))
-    .fold(0, |flags, (_, flag)| flags | flag)
+/// A container whose namespaces another one is to join, of the kinds of `flags` (`CLONE_NEW…`).
+pub struct Joined {
+    pub container: Rc<Container>,
+    pub flags: i32,
+}
+
+/// The maps of the user namespace that the container gets: its own, or those of the one that it joins.
+fn user_maps(spec: &Spec, joined: &[Joined]) -> Result<Option<Maps>, Problem> {
+    let own = Maps {
+        uid: spec.linux.uid_mappings.clone(),
+        gid: spec.linux.gid_mappings.clone(),
+    };
+    if spec.makes(NamespaceKind::User) {
+        return Ok(Some(own));
+    }
+    let flag = NamespaceKind::User.flag();
+    let Some(other) = joined.iter().find(|other| other.flags & flag != 0) else {
+        return Ok(None);
+    };
+    let theirs = other.container.maps.clone().ok_or_else(|| {
+        let what = format!("container {:?} has none", other.container.id);
+        Problem::new("linux.namespaces: user", what)
+    })?;
+    if own != Maps::default() && own != theirs {
+        let what = "are not those of the namespace that is joined";
+        return Err(Problem::new("linux.uidMappings and gidMappings", what));
+    }
+    Ok(Some(theirs))
+}
+
+/// What only the agent can say of the namespaces that oci-init makes: by name of the file in /proc.
+fn files_of_new_namespaces(plan: &ContainerPlan) -> Vec<(&'static str, String)> {
+    let mut files = Vec::new();
+    if let (true, Some(maps)) = (plan.spec.makes(NamespaceKind::User), &plan.maps) {
+        files.push(("uid_map", namespaces::lines(&maps.uid)));
+        files.push(("gid_map", namespaces::lines(&maps.gid)));
+    }
+    if plan.spec.makes(NamespaceKind::Time) {
+        let offsets = namespaces::offsets(&plan.spec.linux.time_offsets);
+        files.push(("timens_offsets", offsets));
+    }
+    files
+}
+
+/// Who may make cgroups in the container: as with runc, its user, if it sees its cgroups alone and can write.
+fn cgroup_owner(spec: &Spec, maps: Option<&Maps>) -> Option<u32> {
+    let writable = spec.mounts.iter().any(|mount| {
+        mount.source == "cgroup"
+            && mount.destination.trim_end_matches('/') == "/sys/fs/cgroup"
+            && !mount.options.iter().any(|option| option == "ro")
+    });
+    if !writable || !spec.makes(NamespaceKind::Cgroup) {
+        return None;
+    }
+    let uid = spec.process.user.uid;
+    match maps {
+        Some(maps) => namespaces::outside(&maps.uid, uid),
+        None => Some(uid),
+    }
 }
 
 /// One line for all that was asked for in vain.
@@ -90,8 +139,10 @@ impl Container {
         ground: Rc<Ground>,
         id: &str,
         spec: Spec,
+        joined: &[Joined],
         stdio: &Stdio,
     ) -> Result<Rc<Self>, Fault> {
+        let maps = user_maps(&spec, joined)?;
         let path = if spec.linux.cgroups_path.is_empty() {
             id
         } else {
@@ -99,18 +150,21 @@ impl Container {
         };
         notice(id, &spec.without_effect());
         let cgroup = Cgroup::create(&ground.cgroups, path)?;
-        match Self::launch(&ground, id, &cgroup, &spec, stdio).await {
+        let plan = ContainerPlan {
+            id: id.into(),
+            spec,
+            cgroups: ground.cgroups.clone(),
+            joined: joined.iter().map(|other| other.flags).collect(),
+            maps,
+        };
+        match Self::launch(&ground, &cgroup, &plan, joined, stdio).await {
             Ok((init, exit, filter)) => {
-                let mut namespaces = born_into(&spec);
-                if spec.has(NamespaceKind::Cgroup) {
-                    namespaces |= libc::CLONE_NEWCGROUP;
-                }
                 let container = Rc::new(Self {
                     id: id.into(),
                     ground,
                     cgroup,
-                    namespaces,
-                    defaults: spec.process,
+                    spec: plan.spec,
+                    maps: plan.maps,
                     filter,
                     init,
                     added: RefCell::default(),
@@ -133,33 +187,49 @@ impl Container {
 
     async fn launch(
         ground: &Ground,
-        id: &str,
         cgroup: &Cgroup,
-        spec: &Spec,
+        plan: &ContainerPlan,
+        joined: &[Joined],
         stdio: &Stdio,
     ) -> Result<(Rc<Process>, oneshot::Receiver<Status>, Option<Filter>), Fault> {
+        let spec = &plan.spec;
         cgroup.apply(&spec.linux.resources)?;
         cgroup.filter_devices(&spec.linux.resources.devices)?;
+        if let Some(owner) = cgroup_owner(spec, plan.maps.as_ref()) {
+            cgroup.give_to(owner)?;
+        }
         let attached = ground.arrivals.attach(stdio, spec.process.terminal).await?;
         let (ends, terminal) = Ends::new(attached)?;
-        let order = Order::Container(Box::new(ContainerPlan {
-            id: id.into(),
-            spec: spec.clone(),
-            cgroup: cgroup.path().into(),
-        }));
+        let mut inits = Vec::new();
+        for other in joined {
+            let container = &other.container;
+            let init = container.init.alive();
+            inits.push(init.ok_or_else(|| container.stopped("join the namespaces of"))?);
+        }
+        let others: Vec<_> = inits.iter().map(|init| init.pidfd.as_fd()).collect();
+        let born = spec.is_born_into_namespaces();
         let start = Start {
             program: ground.program.as_fd(),
             cgroup: cgroup.as_fd(),
-            namespaces: born_into(spec),
+            namespaces: if born { spec.born_into() } else { 0 },
             stdio: &ends.child,
-            init: None,
+            others: &others,
         };
         let explain = |error: LaunchError| match cgroup.oom_kills() {
             1.. if error.may_be_memory() => LaunchError::OutOfMemory,
             _ => error,
         };
+        let order = Order::Container(Box::new(plan.clone()));
         let begun = Launch::begin(start, &ground.reaper, &order).await;
-        let (mut launch, exit) = begun.map_err(explain)?;
+        let (mut launch, mut exit) = begun.map_err(explain)?;
+        if !born {
+            let files = files_of_new_namespaces(plan);
+            if !files.is_empty() {
+                launch.set(&files).await.map_err(explain)?;
+            }
+            // The first process makes the second and ends; nobody needs to know when.
+            exit = launch.adopt_init(&ground.reaper).await.map_err(explain)?;
+        }
         // From here on, so that what the process holds alone is closed with it.
         let mut copying = ends.copy();
         let filter = launch.ready().await.map_err(explain)?;
@@ -180,7 +250,7 @@ impl Container {
             let Ok(status) = exit.await else { return };
             // A client that hears of 137 wants to have heard why.
             container.report_oom_kills();
-            if process.exec_id.is_empty() && container.namespaces & libc::CLONE_NEWPID == 0 {
+            if process.exec_id.is_empty() && !container.spec.makes(NamespaceKind::Pid) {
                 // No pid namespace dies with this init.
                 container.cgroup.kill_all().ok();
             }
@@ -262,7 +332,7 @@ impl Container {
             )));
         }
         notice(&self.id, &process.without_effect());
-        process.inherit(&self.defaults);
+        process.inherit(&self.spec.process);
         // Takes the id while the streams arrive.
         let record = Process::new(exec_id, Stage::Adding);
         self.added
@@ -336,11 +406,13 @@ impl Container {
             cgroup: self.cgroup.as_fd(),
             namespaces: 0,
             stdio: &ends.child,
-            init: Some(init.pidfd.as_fd()),
+            others: &[init.pidfd.as_fd()],
         };
         let plan = ProcessPlan {
             process: added.process,
-            namespaces: self.namespaces,
+            namespaces: self.spec.namespace_flags(),
+            maps: self.maps.clone(),
+            personality: self.spec.linux.personality.clone(),
             filter: self.filter.clone(),
         };
         let order = Order::Process(Box::new(plan));

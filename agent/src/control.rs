@@ -22,6 +22,8 @@ use tokio::io::Interest;
 
 use crate::oci_init::seccomp::Filter;
 use crate::spec::Spec;
+use crate::spec::namespaces::Maps;
+use crate::spec::personality::Personality;
 use crate::spec::process::Process;
 
 /// An order holds a whole specification; one in a ttrpc message is below 4 MiB.
@@ -36,16 +38,20 @@ pub enum Order {
     Container(Box<ContainerPlan>),
     /// The first order to an added process; the container's init is the pidfd beside the socket.
     Process(Box<ProcessPlan>),
-    /// The second order: go on, to execve in the end.
+    /// The next order: go on, to the next report or to execve.
     Go,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ContainerPlan {
     pub id: String,
     pub spec: Spec,
-    /// The container's own cgroup, for a container that has no cgroup namespace.
-    pub cgroup: PathBuf,
+    /// Where the guest has cgroup v2.
+    pub cgroups: PathBuf,
+    /// `CLONE_NEW…` of the namespaces to join, of each pidfd beside the socket.
+    pub joined: Vec<i32>,
+    /// Of its user namespace, a new or a joined one.
+    pub maps: Option<Maps>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,12 +61,18 @@ pub struct ProcessPlan {
     pub namespaces: i32,
     /// As the container's init has reported it.
     pub filter: Option<Filter>,
+    /// Of the container's user namespace.
+    pub maps: Option<Maps>,
+    /// As init has it.
+    pub personality: Option<Personality>,
 }
 
 /// What `oci-init` tells the agent.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// Added process: this is its pid; it waits for [`Order::Go`].
+    /// New namespaces are there, whose maps and clocks are to be set from outside; it waits for [`Order::Go`].
+    Unshared,
+    /// This is the pid of the process that goes on, in all namespaces; it waits for [`Order::Go`].
     Spawned {
         pid: i32,
     },

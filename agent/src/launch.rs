@@ -117,8 +117,8 @@ pub struct Start<'a> {
     /// `CLONE_NEW…` of the namespaces it is born into.
     pub namespaces: i32,
     pub stdio: &'a [OwnedFd; 3],
-    /// For an added process, the pidfd of the container's init.
-    pub init: Option<BorrowedFd<'a>>,
+    /// The pidfds of those whose namespaces it joins.
+    pub others: &'a [BorrowedFd<'a>],
 }
 
 impl Launch {
@@ -141,7 +141,35 @@ impl Launch {
         Ok((launch, exit))
     }
 
-    /// Waits until an added process has its pid, claims it and lets it go on. It is a child of the agent.
+    /// Sets what only somebody outside may set of the process's new namespaces: files of its directory in
+    /// /proc and their contents. Lets it go on.
+    pub async fn set(&mut self, files: &[(&str, String)]) -> Result<(), LaunchError> {
+        match self.report().await? {
+            Report::Unshared => {}
+            other => return Err(LaunchError::Report(other)),
+        }
+        let pid = self.alive.as_ref().map_or(0, |alive| alive.pid);
+        for (name, contents) in files {
+            let path = format!("/proc/{pid}/{name}");
+            std::fs::write(&path, contents).map_err(|error| LaunchError::Failed {
+                reason: format!("write {contents:?} to {name} of the new namespace: {error}"),
+                blame: Blame::Request,
+            })?;
+        }
+        Ok(timely(self.deadline, self.control.order(&Order::Go)).await??)
+    }
+
+    /// As [`Self::adopt`], for an init, which goes on at once.
+    pub async fn adopt_init(
+        &mut self,
+        reaper: &Reaper,
+    ) -> Result<oneshot::Receiver<Status>, LaunchError> {
+        let exit = self.adopt(reaper).await?;
+        timely(self.deadline, self.control.order(&Order::Go)).await??;
+        Ok(exit)
+    }
+
+    /// Waits until a process that is in its namespaces has its pid, and claims it. It is a child of the agent.
     pub async fn adopt(
         &mut self,
         reaper: &Reaper,
@@ -236,7 +264,7 @@ fn fork(start: Start<'_>, control: OwnedFd) -> io::Result<Alive> {
         .iter()
         .map(AsFd::as_fd)
         .chain([control.as_fd()])
-        .chain(start.init);
+        .chain(start.others.iter().copied());
     let given = given
         .map(|fd| fcntl_dupfd_cloexec(fd, FIRST_FREE))
         .collect::<Result<Vec<_>, _>>()?;

@@ -13,7 +13,7 @@ use husk_proto::agent::Stdio;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_local;
 
-use crate::container::{Container, Ground};
+use crate::container::{Container, Ground, Joined};
 use crate::fault::Fault;
 use crate::grow::{self, Size};
 use crate::rehearsal;
@@ -99,11 +99,12 @@ impl Pod {
         if self.containers.borrow().contains_key(id) {
             return Err(Fault::Exists(format!("container {id:?}")));
         }
+        let joined = self.joined(&spec)?;
         self.be_prepared()?;
         self.containers
             .borrow_mut()
             .insert(id.into(), Slot::Creating);
-        match Container::create(Rc::clone(&self.ground), id, spec, stdio).await {
+        match Container::create(Rc::clone(&self.ground), id, spec, &joined, stdio).await {
             Ok(container) => {
                 let pid = container.pid();
                 self.containers
@@ -116,6 +117,16 @@ impl Pod {
                 Err(fault)
             }
         }
+    }
+
+    /// The containers whose namespaces the one with this specification joins.
+    fn joined(&self, spec: &Spec) -> Result<Vec<Joined>, Fault> {
+        let joined = spec.joined()?;
+        let joined = joined.into_iter().map(|(id, flags)| {
+            let container = self.container(id)?;
+            Ok(Joined { container, flags })
+        });
+        joined.collect()
     }
 
     fn be_prepared(&self) -> Result<(), Fault> {

@@ -240,6 +240,12 @@ pub fn unshare(flags: c_int) -> io::Result<()> {
     check(c_long::from(unsafe { libc::unshare(flags) })).map(drop)
 }
 
+/// personality(2).
+pub fn personality(persona: u64) -> io::Result<()> {
+    // SAFETY: a number.
+    check(c_long::from(unsafe { libc::personality(persona) })).map(drop)
+}
+
 /// pidfd_send_signal(2) with any signal number, 0 included.
 pub fn signal(pidfd: BorrowedFd, signal: i32) -> io::Result<()> {
     // SAFETY: numbers, and a null siginfo, which means the default one.

@@ -24,6 +24,13 @@ macro_rules! with_rig {
     };
 }
 
+#[path = "containers/beside_runc.rs"]
+mod beside_runc;
+#[path = "containers/mounts.rs"]
+mod mounts;
+#[path = "containers/namespaces.rs"]
+mod namespaces;
+
 #[test]
 fn output_and_exit_codes_reach_the_host() {
     with_rig!(rig, {
@@ -450,8 +457,16 @@ fn wrong_mounts_are_named() {
                 "mounts[7] (tmpfs at /m): option \"sise=5\": invalid argument",
             ),
             (
-                json!({"destination": "/m", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"]}),
-                "mounts[7].options: \"tmpcopyup\" is not supported by husk yet",
+                json!({"destination": "/m", "type": "tmpfs", "source": "x", "options": ["idmap"]}),
+                "mounts[7].options: \"idmap\" is for bind mounts only",
+            ),
+            (
+                json!({"destination": "/m", "type": "bind", "source": "/tmp", "options": ["bind", "size=1m"]}),
+                "mounts[7].options: \"size=1m\": bind mounts cannot have any filesystem-specific options applied",
+            ),
+            (
+                json!({"destination": "/etc", "type": "tmpfs", "source": "x", "options": ["remount"]}),
+                "mounts[7] (tmpfs at /etc): invalid argument",
             ),
             (
                 json!({"destination": "/proc/1", "type": "tmpfs", "source": "x"}),

@@ -48,3 +48,6 @@ pub const STREAM_PORT: u32 = 1025;
 pub const SHARES_TAG: &str = "husk";
 /// Where the agent mounts the shares; each share is an entry of this directory.
 pub const SHARES: &str = "/run/husk/shares";
+/// Where, in a specification for the agent, the namespaces of other containers seem to be: `<id>/ns/<type>`
+/// below. Nothing is there: the agent knows what is meant.
+pub const CONTAINERS: &str = "/run/husk/containers";

@@ -80,7 +80,7 @@ impl Pod {
         let bundle = env::current_dir().ok()?;
         let config = Config::load(Path::new(CONFIG), &options).ok()?;
         let mut spec = spec::read(&bundle).ok()?;
-        let plan = spec::rewrite(&mut spec, &bundle, &self.identity.id, FIRST).ok()?;
+        let plan = spec::rewrite(&mut spec, &bundle, &self.identity.id, FIRST, None).ok()?;
         let timeline = self.timeline();
         let setup = self.setup(config.clone(), &plan, &timeline).ok()?;
         let pod = self.clone();

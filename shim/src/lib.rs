@@ -15,7 +15,8 @@
 //!           vm, vmm, machine, spawn,     the husk-vmm process and the agent behind it
 //!           core_scheduling
 //!           ration, untrusted            how much of what they say is listened to, and shown
-//!           spec, devices, shares, mount what of the host the guest gets to see
+//!           spec, namespaces, devices,   what of the host the guest gets to see
+//!           shares, idmap, mount
 //!           hooks, hook_times            what of the specification runs on the host
 //!           host_program                 as a process
 //!           events                       what containerd is told
@@ -42,6 +43,7 @@ pub mod hook_times;
 pub mod hooks;
 pub mod host_program;
 pub mod identity;
+pub mod idmap;
 pub mod info;
 pub mod inspect;
 pub mod launch;
@@ -49,6 +51,7 @@ pub mod log_program;
 pub mod logger;
 pub mod machine;
 pub mod mount;
+pub mod namespaces;
 pub mod options;
 pub mod pod;
 pub mod process;

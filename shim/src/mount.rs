@@ -84,6 +84,20 @@ pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
 /// nothing is executed from it and no device opened through it, not even by a VMM that its guest has won.
 const HOSTS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
+/// Has a detached mount, and with `recursive` those below it, show other owners: as the map of a user namespace
+/// says, of which the ids inside are the files' own.
+pub fn map_ids(tree: impl AsFd, recursive: bool, namespace: impl AsFd) -> io::Result<()> {
+    let namespace = namespace.as_fd().as_raw_fd();
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::from(namespace.unsigned_abs()),
+    };
+    let depth = if recursive { libc::AT_RECURSIVE } else { 0 };
+    change(tree, depth.unsigned_abs(), attributes)
+}
+
 /// Cuts a detached mount off from all propagation and gives it its attributes.
 pub fn seal(tree: impl AsFd, attributes: Attributes) -> io::Result<()> {
     let recursive = libc::AT_RECURSIVE as u32;
@@ -96,13 +110,17 @@ pub fn seal(tree: impl AsFd, attributes: Attributes) -> io::Result<()> {
 }
 
 fn set_attributes(tree: impl AsFd, flags: u32, set: u64, propagation: u64) -> io::Result<()> {
-    const EMPTY: &CStr = c"";
     let attributes = libc::mount_attr {
         attr_set: set,
         attr_clr: 0,
         propagation,
         userns_fd: 0,
     };
+    change(tree, flags, attributes)
+}
+
+fn change(tree: impl AsFd, flags: u32, attributes: libc::mount_attr) -> io::Result<()> {
+    const EMPTY: &CStr = c"";
     // SAFETY: the path and the structure outlive the call, and the size is the structure's.
     outcome(unsafe {
         libc::syscall(

@@ -44,7 +44,7 @@ use crate::{
     process::{Exit, Process},
     record::{self, ProcessId, RECORDS, Record},
     shares,
-    spec::{self, Plan},
+    spec::{self, Plan, Running},
     stdio::{self, Opened, Paths},
     templates::{Ingredients, Scope, background},
     timeline::Timeline,
@@ -240,7 +240,11 @@ impl Pod {
                 let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
                 let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
                 let prefix = format!("c{index}");
-                let plan = spec::rewrite(&mut spec, bundle, &request.id, &prefix)
+                let running = self.vm().map(|vm| Running {
+                    pid: vm.pid,
+                    sandbox: &self.identity.id,
+                });
+                let plan = spec::rewrite(&mut spec, bundle, &request.id, &prefix, running)
                     .map_err(Fault::invalid)?;
                 (config, spec, plan, None)
             }

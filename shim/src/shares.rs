@@ -16,6 +16,7 @@ use thiserror::Error;
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
+    idmap,
     mount::{self, Attributes},
     spec::{Bind, Plan},
 };
@@ -49,6 +50,12 @@ pub enum ShareError {
     Unsupported(String),
     #[error("{field}: bind mount {path}: {cause}")]
     Bind {
+        field: String,
+        path: PathBuf,
+        cause: io::Error,
+    },
+    #[error("{field}: bind mount {path}: map its ids, which not every file system can: {cause}")]
+    IdMap {
         field: String,
         path: PathBuf,
         cause: io::Error,
@@ -126,6 +133,15 @@ fn bind(bind: &Bind) -> Result<OwnedFd, ShareError> {
         });
     }
     mount::seal(&tree, bind.attributes).map_err(failed)?;
+    if let Some(maps) = &bind.idmap {
+        let unmapped = |cause| ShareError::IdMap {
+            field: bind.field.clone(),
+            path: bind.source.clone(),
+            cause,
+        };
+        let namespace = idmap::user_namespace(maps).map_err(unmapped)?;
+        mount::map_ids(&tree, maps.recursive, namespace).map_err(unmapped)?;
+    }
     Ok(tree.into())
 }
 
@@ -333,6 +349,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::idmap::{IdMaps, Range};
 
     fn strings(options: &[&str]) -> Vec<String> {
         options.iter().map(|o| (*o).to_owned()).collect()
@@ -483,6 +500,7 @@ mod tests {
             share: "c0-m3".into(),
             recursive: true,
             attributes: Attributes::default(),
+            idmap: None,
         })
         .unwrap_err()
         .to_string();
@@ -507,9 +525,66 @@ mod tests {
                 set: libc::MOUNT_ATTR_RDONLY,
                 set_recursive: 0,
             },
+            idmap: None,
         })
         .unwrap();
         let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
         assert_eq!(fs::read_to_string(path).unwrap(), "127.0.0.1 localhost\n");
+    }
+
+    /// What the guest is shown, and what comes back from it.
+    #[test]
+    fn a_mapped_bind_has_other_owners() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let top = tempfile::tempdir_in("/dev/shm").unwrap();
+        fs::write(top.path().join("roots"), "").unwrap();
+        fs::write(top.path().join("others"), "").unwrap();
+        chown(top.path().join("others"), Some(5000), Some(5000)).unwrap();
+        let range = |host_id, size| Range {
+            container_id: 0,
+            host_id,
+            size,
+        };
+        let tree = bind(&Bind {
+            field: "mounts[0]".into(),
+            source: top.path().to_owned(),
+            share: "c0-m0".into(),
+            recursive: true,
+            attributes: Attributes::default(),
+            idmap: Some(IdMaps {
+                uid: vec![range(1000, 10)],
+                gid: vec![range(2000, 10)],
+                recursive: true,
+            }),
+        })
+        .unwrap();
+        let inside = |name: &str| format!("/proc/self/fd/{}/{name}", tree.as_raw_fd());
+        let owner = |path: &Path| {
+            let found = path.metadata().unwrap();
+            (found.uid(), found.gid())
+        };
+        assert_eq!(owner(Path::new(&inside("roots"))), (1000, 2000));
+        assert_eq!(owner(Path::new(&inside("others"))), (65534, 65534));
+        chown(inside("roots"), Some(1003), Some(2004)).unwrap();
+        assert_eq!(owner(&top.path().join("roots")), (3, 4));
+        // procfs is one of those that cannot.
+        let error = bind(&Bind {
+            field: "mounts[1]".into(),
+            source: "/proc/sys".into(),
+            share: "c0-m1".into(),
+            recursive: false,
+            attributes: Attributes::default(),
+            idmap: Some(IdMaps {
+                uid: vec![range(1000, 10)],
+                gid: vec![range(2000, 10)],
+                recursive: false,
+            }),
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(
+            error.starts_with("mounts[1]: bind mount /proc/sys: map its ids"),
+            "{error}"
+        );
     }
 }

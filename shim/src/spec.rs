@@ -16,7 +16,9 @@ use thiserror::Error;
 use crate::{
     devices,
     hooks::{self, Hooks},
+    idmap::{self, IdMaps},
     mount::Attributes,
+    namespaces,
 };
 
 /// Bytes of a `config.json` at most.
@@ -46,6 +48,16 @@ pub enum Network {
     New,
 }
 
+/// The pod that a container is to be added to: how its namespaces are named on the host, and by whom they
+/// were made.
+#[derive(Clone, Copy, Debug)]
+pub struct Running<'a> {
+    /// Of the VMM, which containerd knows all containers of the pod by.
+    pub pid: u32,
+    /// The pod's first container.
+    pub sandbox: &'a str,
+}
+
 /// A bind mount: what of the host the guest is to see, and under which name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
@@ -57,6 +69,8 @@ pub struct Bind {
     /// With the mounts below the source.
     pub recursive: bool,
     pub attributes: Attributes,
+    /// What its files' owners are to the guest, if not who they are.
+    pub idmap: Option<IdMaps>,
 }
 
 /// What the host has to do for a container.
@@ -128,16 +142,22 @@ pub fn annotations(bundle: &Path) -> Result<HashMap<String, String>, SpecError> 
 }
 
 /// Replaces everything of the host in `spec` by what the guest will find in its place. Shares are
-/// named `<prefix>-root` and `<prefix>-m<index>`; `id` is the container's.
-pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Result<Plan, SpecError> {
+/// named `<prefix>-root` and `<prefix>-m<index>`; `id` is the container's, `pod` none for a pod's first.
+pub fn rewrite(
+    spec: &mut Value,
+    bundle: &Path,
+    id: &str,
+    prefix: &str,
+    pod: Option<Running<'_>>,
+) -> Result<Plan, SpecError> {
     if !spec.is_object() {
         return Err(refuse("config.json", "not a JSON object"));
     }
     let hooks = hooks::take(spec)?;
-    let network = take_namespaces(spec)?;
+    let network = namespaces::rewrite(spec, pod)?;
     let (root, root_share) = rewrite_root(spec, bundle, prefix)?;
     let binds = rewrite_binds(spec, bundle, prefix)?;
-    take_propagation(spec);
+    note_what_is_ignored(spec);
     devices::rewrite(spec)?;
     let cgroups_path = match spec.pointer_mut("/linux/cgroupsPath") {
         // The guest's cgroup tree is the pod's own: the host's place in it means nothing there.
@@ -161,54 +181,11 @@ pub fn rewrite(spec: &mut Value, bundle: &Path, id: &str, prefix: &str) -> Resul
     })
 }
 
-/// The network namespace is the VMM's and leaves the specification; no other one of the host's can
-/// be joined from inside a VM.
-fn take_namespaces(spec: &mut Value) -> Result<Network, SpecError> {
-    let mut network = None;
-    if let Some(namespaces) = spec.pointer_mut("/linux/namespaces") {
-        let Some(namespaces) = namespaces.as_array_mut() else {
-            return Err(refuse("linux.namespaces", "not an array"));
-        };
-        for (index, namespace) in namespaces.iter().enumerate() {
-            let kind = namespace
-                .get("type")
-                .and_then(Value::as_str)
-                .unwrap_or_default();
-            let path = namespace
-                .get("path")
-                .and_then(Value::as_str)
-                .unwrap_or_default();
-            match (kind, path) {
-                ("network", "") => network = Some(Network::New),
-                ("network", path) => network = Some(Network::Existing(path.into())),
-                (_, "") => {}
-                (kind, path) => {
-                    return Err(refuse(
-                        format!("linux.namespaces[{index}].path"),
-                        format!("{path}: a microVM cannot join a {kind} namespace of the host"),
-                    ));
-                }
-            }
-        }
-        namespaces
-            .retain(|namespace| namespace.get("type").and_then(Value::as_str) != Some("network"));
-    }
-    network.ok_or_else(|| {
-        refuse(
-            "linux.namespaces",
-            "no network namespace: a microVM cannot share the host's network",
-        )
-    })
-}
-
-/// The kinds by which nothing of the container's shows on the host. What the host mounts later does not show
-/// in the guest either, whatever they say: its shares are sealed.
-fn take_propagation(spec: &mut Value) {
+/// What the host mounts later does not show in the guest: its shares are sealed.
+fn note_what_is_ignored(spec: &Value) {
     let kind = spec.pointer("/linux/rootfsPropagation");
-    if let Some("private" | "rprivate" | "slave" | "rslave") = kind.and_then(Value::as_str) {
-        if let Some(linux) = spec.get_mut("linux").and_then(Value::as_object_mut) {
-            linux.remove("rootfsPropagation");
-        }
+    if let Some(kind @ ("slave" | "rslave")) = kind.and_then(Value::as_str) {
+        log::info!("linux.rootfsPropagation {kind}: what the host mounts later is not seen");
     }
 }
 
@@ -234,6 +211,7 @@ fn guest_path(share: &str) -> String {
 
 fn rewrite_binds(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Vec<Bind>, SpecError> {
     let mut binds = Vec::new();
+    let containers = idmap::of_container(spec);
     let Some(mounts) = spec.get_mut("mounts") else {
         return Ok(binds);
     };
@@ -262,6 +240,7 @@ fn rewrite_binds(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Vec<Bi
             return Err(refuse(format!("{field}.options"), reason));
         }
         let attributes = attributes(&options);
+        let idmap = idmap::take(mount, &field, containers.as_ref())?;
         let share = format!("{prefix}-m{index}");
         let source = mount
             .get("source")
@@ -283,6 +262,7 @@ fn rewrite_binds(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Vec<Bi
             share,
             recursive,
             attributes,
+            idmap,
         });
     }
     Ok(binds)
@@ -353,7 +333,7 @@ mod tests {
     #[test]
     fn takes_what_is_the_hosts_and_leaves_the_rest() {
         let mut spec = spec();
-        let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
+        let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0", None).unwrap();
         assert_eq!(plan.root, Path::new("/b/rootfs"));
         assert_eq!(plan.root_share, "c0-root");
         assert_eq!(plan.network, Network::Existing("/run/netns/a".into()));
@@ -371,6 +351,7 @@ mod tests {
                         set: libc::MOUNT_ATTR_RDONLY,
                         set_recursive: libc::MOUNT_ATTR_NOSUID
                     },
+                    idmap: None,
                 },
                 Bind {
                     field: "mounts[2]".into(),
@@ -378,6 +359,7 @@ mod tests {
                     share: "c0-m2".into(),
                     recursive: false,
                     attributes: Attributes::default(),
+                    idmap: None,
                 },
             ]
         );
@@ -396,14 +378,14 @@ mod tests {
     fn an_absolute_root_stays_where_it_is() {
         let mut spec = spec();
         spec["root"]["path"] = "/var/lib/docker/merged".into();
-        let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
+        let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0", None).unwrap();
         assert_eq!(plan.root, Path::new("/var/lib/docker/merged"));
     }
 
     fn error_of(change: impl FnOnce(&mut Value)) -> String {
         let mut spec = spec();
         change(&mut spec);
-        rewrite(&mut spec, Path::new("/b"), "x", "c0")
+        rewrite(&mut spec, Path::new("/b"), "x", "c0", None)
             .unwrap_err()
             .to_string()
     }
@@ -441,18 +423,7 @@ mod tests {
             // Between mounts of the container it is nobody else's business.
             let mut spec = spec();
             spec["mounts"][0]["options"] = json!([option]);
-            rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
-        }
-        for (kind, left) in [
-            ("rslave", None),
-            ("private", None),
-            ("rshared", Some("rshared")),
-        ] {
-            let mut spec = spec();
-            spec["linux"]["rootfsPropagation"] = kind.into();
-            rewrite(&mut spec, Path::new("/b"), "x", "c0").unwrap();
-            let found = spec.pointer("/linux/rootfsPropagation");
-            assert_eq!(found.and_then(Value::as_str), left);
+            rewrite(&mut spec, Path::new("/b"), "x", "c0", None).unwrap();
         }
     }
 

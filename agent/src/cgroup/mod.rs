@@ -112,6 +112,29 @@ impl Cgroup {
         })
     }
 
+    /// Lets `owner` make cgroups below, and move its processes between them: what the kernel says may be
+    /// delegated, and no limit (Documentation/admin-guide/cgroup-v2.rst, "Delegation").
+    pub fn give_to(&self, owner: u32) -> Result<(), CgroupError> {
+        const DEFAULT: &str = "cgroup.procs\ncgroup.subtree_control\ncgroup.threads\n";
+        let files = fs::read_to_string("/sys/kernel/cgroup/delegate");
+        let files = files.unwrap_or_else(|_| DEFAULT.into());
+        for name in std::iter::once("").chain(files.lines()) {
+            let path = self.path.join(name);
+            match std::os::unix::fs::lchown(&path, Some(owner), None) {
+                // Not every kernel and every cgroup has all of them.
+                Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+                    return Err(CgroupError::File {
+                        action: "change the owner of",
+                        path,
+                        cause,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchown, fstat, open};
-use rustix::process::{Pid, Rlimit, chdir, prlimit};
+use rustix::process::{Pid, Rlimit, chdir, getrlimit, prlimit};
 use rustix::thread::{
     CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     configure_capability_in_ambient_set, set_capabilities, set_keep_capabilities, set_no_new_privs,
@@ -46,6 +46,29 @@ pub(super) fn limit(process: &Process) -> Result<(), Failure> {
     }
     if process.no_new_privileges == Some(true) {
         set_no_new_privs(true).guest(|| "process.noNewPrivileges".into())?;
+    }
+    Ok(())
+}
+
+/// Raises the hard limits that the process is to have above those of this one: in a user namespace nobody may.
+pub(super) fn raise_limits(process: &Process) -> Result<(), Failure> {
+    for limit in &process.rlimits {
+        let Some(resource) = limit.resource() else {
+            continue; // Named by `limit`.
+        };
+        let now = getrlimit(resource);
+        let wanted = (limit.hard != u64::MAX).then_some(limit.hard);
+        let above = now
+            .maximum
+            .is_some_and(|now| wanted.is_none_or(|hard| hard > now));
+        if above {
+            let new = Rlimit {
+                current: now.current,
+                maximum: wanted,
+            };
+            prlimit(None::<Pid>, resource, new)
+                .request(|| format!("process.rlimits: raise {} to {}", limit.kind, limit.hard))?;
+        }
     }
     Ok(())
 }
@@ -134,7 +157,7 @@ fn take(sets: &CapabilitySets, ambient: CapabilitySet) -> Result<(), Failure> {
 }
 
 /// The user must be able to open its own /dev/stdout again. /dev/null belongs to everybody.
-fn own_streams(uid: u32) -> Result<(), Failure> {
+pub(super) fn own_streams(uid: u32) -> Result<(), Failure> {
     let null = rustix::fs::stat("/dev/null").map(|null| null.st_rdev).ok();
     for number in 0..3 {
         // SAFETY: descriptors 0, 1 and 2 are open in every process that `launch` starts.

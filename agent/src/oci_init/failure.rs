@@ -26,6 +26,14 @@ impl Failure {
             blame: Blame::Guest,
         }
     }
+
+    /// Says where.
+    pub(super) fn at(self, place: impl FnOnce() -> String) -> Self {
+        Self {
+            reason: format!("{}: {}", place(), self.reason),
+            ..self
+        }
+    }
 }
 
 impl From<ControlError> for Failure {

@@ -6,6 +6,7 @@
 
 mod become_user;
 mod console;
+mod copy_up;
 mod devices;
 mod failure;
 mod find;
@@ -13,28 +14,29 @@ mod hooks;
 mod inside;
 mod mount_options;
 mod mounts;
+mod namespaces;
 mod rootfs;
 mod scheduling;
 pub mod seccomp;
 
 use std::ffi::CString;
 use std::fs;
-use std::os::fd::AsFd;
 
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::control::{Blame, ContainerPlan, Helper, Order, ProcessPlan, Report};
+use crate::spec::personality::Personality;
 use crate::spec::process::Process;
 use crate::spec::{NamespaceKind, Spec};
-use crate::sys::{self, Forked};
+use crate::sys;
 
 use failure::{Explain, Failure};
 use seccomp::Filter;
 
 /// Descriptors beside 0, 1 and 2 that `launch` gives.
 const CONTROL: i32 = 3;
-const INIT: i32 = 4;
+/// The first of the pidfds.
+const OTHERS: i32 = 4;
 
 /// The whole life of the helper.
 pub fn run() -> ! {
@@ -74,21 +76,31 @@ fn obey(helper: &mut Helper) -> Result<std::convert::Infallible, Failure> {
     }
 }
 
-/// The init of a container. It was born into its namespaces and its cgroup.
+/// The init of a container. It was born into its cgroup, and into its namespaces if that does.
 fn container(
     helper: &mut Helper,
     plan: &ContainerPlan,
 ) -> Result<std::convert::Infallible, Failure> {
-    let ContainerPlan { id, spec, cgroup } = plan;
+    let ContainerPlan { id, spec, .. } = plan;
+    score_oom(&spec.process)?;
+    // The guest's network is not a user namespace's to change.
+    let own_network = spec.makes(NamespaceKind::Network);
+    set_sysctls(spec, |key| !own_network && is_networks(key))?;
+    let prepared = namespaces::prepare(plan)?;
+    if !spec.is_born_into_namespaces() {
+        namespaces::enter(helper, plan)?;
+    }
     rustix::process::setsid().guest(|| "make a session".into())?;
-    if spec.has(NamespaceKind::Cgroup) {
+    if spec.makes(NamespaceKind::Cgroup) {
         // From inside the cgroup, so that it becomes the namespace's root.
         sys::unshare(libc::CLONE_NEWCGROUP).guest(|| "make a cgroup namespace".into())?;
     }
-    score_oom(&spec.process)?;
+    namespaces::loopback_up(spec)?;
     name_host(spec)?;
-    let root = rootfs::build(spec, cgroup)?;
+    set_sysctls(spec, |key| own_network || !is_networks(key))?;
+    let root = rootfs::build(plan, prepared)?;
     rootfs::enter(&root)?;
+    rootfs::propagate(spec)?;
     let creating = hooks::Stage {
         kind: "createContainer",
         status: "creating",
@@ -107,7 +119,8 @@ fn container(
     ));
     let filter = spec.linux.seccomp.as_ref().map(seccomp::compile);
     let filter = filter.transpose()?.flatten();
-    let program = confine(&spec.process, filter.as_ref())?;
+    let personality = spec.linux.personality.as_ref();
+    let program = confine(&spec.process, personality, filter.as_ref())?;
     helper.report(&Report::Ready {
         filter: filter.clone(),
     })?;
@@ -127,34 +140,17 @@ fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infa
     let affinity = plan.process.exec_cpu_affinity.clone().unwrap_or_default();
     scheduling::pin("initial", &affinity.initial)?;
     score_oom(&plan.process)?;
-    {
-        // SAFETY: `launch` has put the pidfd there, and nothing in this process owns it yet.
-        let init = unsafe { sys::inherited(INIT) };
-        let namespaces = ThreadNameSpaceType::from_bits_retain(plan.namespaces.unsigned_abs());
-        move_into_thread_name_spaces(init.as_fd(), namespaces)
-            .guest(|| "join the container's namespaces".into())?;
-    }
-    // Only a child is inside the pid namespace. It is the agent's child, not this process's.
-    const CLONE_PARENT: u64 = 0x8000;
-    // SAFETY: this process has a single thread.
-    match unsafe { sys::fork(CLONE_PARENT, None) }.guest(|| "fork into the container".into())? {
-        Forked::Parent { pid, .. } => {
-            helper.report(&Report::Spawned { pid })?;
-            sys::exit(0)
-        }
-        Forked::Child => {}
-    }
-    rustix::process::setsid().guest(|| "make a session".into())?;
-    // What fails before is not heard: the agent takes who has ended for killed.
-    wait_for_go(helper)?;
+    namespaces::follow(helper, plan)?;
     scheduling::pin("final", &affinity.last)?;
+    rustix::process::setsid().guest(|| "make a session".into())?;
     if plan.process.terminal {
         console::open_terminal(helper, &plan.process, false)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(
         plan.process.user.umask.unwrap_or(0o022),
     ));
-    let program = confine(&plan.process, plan.filter.as_ref())?;
+    let (personality, filter) = (plan.personality.as_ref(), plan.filter.as_ref());
+    let program = confine(&plan.process, personality, filter)?;
     execute(helper, program)
 }
 
@@ -182,7 +178,15 @@ fn name_host(spec: &Spec) -> Result<(), Failure> {
         rustix::system::setdomainname(spec.domainname.as_bytes())
             .request(|| format!("domainname: set {:?}", spec.domainname))?;
     }
-    for (key, value) in &spec.linux.sysctl {
+    Ok(())
+}
+
+fn is_networks(key: &str) -> bool {
+    key.starts_with("net.") || key.starts_with("net/")
+}
+
+fn set_sysctls(spec: &Spec, now: impl Fn(&str) -> bool) -> Result<(), Failure> {
+    for (key, value) in spec.linux.sysctl.iter().filter(|(key, _)| now(key)) {
         // Through the guest's /proc, which shows the namespaces of whoever looks.
         let path = format!("/proc/sys/{}", key.replace('.', "/"));
         fs::write(&path, value).request(|| format!("linux.sysctl: write {value:?} to {path}"))?;
@@ -201,7 +205,11 @@ struct Program<'a> {
 
 /// Limits, privileges, user and directory, in runc's order; the last of it finds the program as the
 /// user it is for.
-fn confine<'a>(process: &Process, mut filter: Option<&'a Filter>) -> Result<Program<'a>, Failure> {
+fn confine<'a>(
+    process: &Process,
+    personality: Option<&Personality>,
+    mut filter: Option<&'a Filter>,
+) -> Result<Program<'a>, Failure> {
     // Everything but the standard streams; the control socket until execve, which tells of success.
     sys::close_on_exec_from(3).guest(|| "mark descriptors close-on-exec".into())?;
     become_user::limit(process)?;
@@ -214,6 +222,9 @@ fn confine<'a>(process: &Process, mut filter: Option<&'a Filter>) -> Result<Prog
     }
     let env = become_user::become_user(process)?;
     let path = find::program(&process.args, &env)?;
+    if let Some(personality) = personality {
+        sys::personality(personality.number()).guest(|| "linux.personality".into())?;
+    }
     let strings = |list: &[String]| {
         list.iter()
             .map(|text| CString::new(text.as_str()))

@@ -6,33 +6,29 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
-use rustix::fs::{FileType, fstat, makedev};
+use rustix::fs::{FileType, Mode, OFlags, fstat, makedev, open};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use rustix::process::{chdir, fchdir, pivot_root};
 
 use super::failure::{Explain, Failure};
 use super::inside::Root;
-use super::{devices, mounts};
-use crate::spec::{NamespaceKind, Spec};
+use super::mounts::READ_ONLY;
+use super::namespaces::Prepared;
+use super::{devices, mount_options, mounts};
+use crate::control::ContainerPlan;
+use crate::spec::Spec;
 use crate::sys::{MountAttributes, mount_setattr};
-
-const READ_ONLY: MountAttributes = MountAttributes {
-    set: libc::MOUNT_ATTR_RDONLY,
-    clear: 0,
-    propagation: 0,
-    userns_fd: 0,
-};
 
 pub(super) struct Rootfs {
     root: Root,
     /// Mounts to be made read-only at the end.
-    read_only: Vec<OwnedFd>,
+    late: Vec<OwnedFd>,
 }
 
 /// Makes the tree at `root.path` with all mounts and devices.
-pub(super) fn build(spec: &Spec, cgroup: &Path) -> Result<Rootfs, Failure> {
+pub(super) fn build(plan: &ContainerPlan, mut prepared: Prepared) -> Result<Rootfs, Failure> {
+    let spec = &plan.spec;
     mount_change(
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
@@ -45,24 +41,25 @@ pub(super) fn build(spec: &Spec, cgroup: &Path) -> Result<Rootfs, Failure> {
         return Err(io::Error::from_raw_os_error(libc::ENOTDIR)).request(at);
     }
     // Over itself: the new root of pivot_root must be a mount.
-    let below = rustix::fs::open(
-        path,
-        rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    );
+    let below = open(path.as_str(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
     mounts::attach(tree.as_fd(), below.request(at)?.as_fd()).guest(at)?;
     let root = Root::new(tree);
 
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    let own_cgroup = (!spec.has(NamespaceKind::Cgroup)).then_some(cgroup);
-    let mut read_only = Vec::new();
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    let mut late = Vec::new();
     for (index, mount) in spec.mounts.iter().enumerate() {
-        read_only.extend(mounts::mount(&root, index, mount, own_cgroup)?);
+        late.extend(mounts::mount(
+            &root,
+            index,
+            mount,
+            &plan.cgroups,
+            prepared.remove(&index),
+        )?);
     }
-    rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(Mode::empty());
     devices::make(&root, spec)?;
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-    Ok(Rootfs { root, read_only })
+    rustix::process::umask(Mode::from_raw_mode(0o022));
+    Ok(Rootfs { root, late })
 }
 
 /// Makes the tree the root, and the guest's tree unreachable.
@@ -73,6 +70,25 @@ pub(super) fn enter(rootfs: &Rootfs) -> Result<(), Failure> {
     pivot_root(".", ".").guest(at)?;
     unmount(".", UnmountFlags::DETACH).guest(at)?;
     chdir("/").guest(at)
+}
+
+/// `linux.rootfsPropagation`: of the root and, with the kinds that begin with r, of what is mounted in it. Private is
+/// what all of it is.
+pub(super) fn propagate(spec: &Spec) -> Result<(), Failure> {
+    let name = &spec.linux.rootfs_propagation;
+    let at = || format!("linux.rootfsPropagation: {name:?}");
+    if matches!(name.as_str(), "" | "private" | "rprivate") {
+        return Ok(());
+    }
+    let Some((propagation, deep)) = mount_options::propagation(name) else {
+        return Err(Failure::request(format!("{} is no propagation", at())));
+    };
+    let kind = MountAttributes {
+        propagation,
+        ..MountAttributes::default()
+    };
+    let root = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).guest(at)?;
+    mount_setattr(root.as_fd(), deep, &kind).guest(at)
 }
 
 /// Makes the working directory of the container's init where the image lacks it, as runc does: before the
@@ -87,7 +103,7 @@ pub(super) fn make_directory(rootfs: &Rootfs, cwd: &str) -> Result<(), Failure> 
 
 /// Read-only and masked paths, as the last thing that needs the mounts writable.
 pub(super) fn finish(spec: &Spec, rootfs: &Rootfs) -> Result<(), Failure> {
-    for tree in &rootfs.read_only {
+    for tree in &rootfs.late {
         mount_setattr(tree.as_fd(), false, &READ_ONLY).guest(|| "make a tmpfs read-only".into())?;
     }
     if spec.root.readonly {
@@ -123,7 +139,7 @@ fn mask(spec: &Spec, root: &Root) -> Result<(), Failure> {
         }
         let tree = match &empty {
             Some(first) => mounts::clone_of(first.as_fd(), false).guest(at)?,
-            None => mounts::new("tmpfs", "tmpfs", &[])?,
+            None => mounts::new("tmpfs", "tmpfs", &["ro".into()])?,
         };
         mount_setattr(tree.as_fd(), false, &READ_ONLY).guest(at)?;
         mounts::attach(tree.as_fd(), target.as_fd()).request(at)?;
@@ -145,11 +161,9 @@ fn null_device(root: &Root) -> io::Result<OwnedFd> {
     mounts::clone_of(null.as_fd(), false)
 }
 
+/// As with runc, a file in the place of a directory is no missing one.
 fn is_missing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-    )
+    error.kind() == io::ErrorKind::NotFound
 }
 
 fn unless_missing(result: io::Result<()>) -> io::Result<()> {

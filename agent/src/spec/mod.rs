@@ -5,6 +5,8 @@
 //! error. So nothing a user asked for is ever dropped in silence. Errors name the field by its path.
 
 pub mod hooks;
+pub mod namespaces;
+pub mod personality;
 pub mod process;
 pub mod resources;
 pub mod scheduling;
@@ -18,10 +20,14 @@ use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 use hooks::Hooks;
+use namespaces::{IdMapping, Namespace, TimeOffset};
+use personality::Personality;
 use process::Process;
 use resources::Resources;
 use seccomp::Seccomp;
 use unset::{Ignored, Unset};
+
+pub use namespaces::NamespaceKind;
 
 /// What is wrong with a specification, and where.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -118,16 +124,22 @@ pub struct Linux {
     #[serde(default)]
     pub seccomp: Option<Seccomp>,
 
-    #[serde(default, skip_serializing)]
-    pub uid_mappings: Unset,
-    #[serde(default, skip_serializing)]
-    pub gid_mappings: Unset,
-    #[serde(default, skip_serializing)]
-    pub time_offsets: Unset,
+    /// Of the user namespace, if it is this container's.
+    #[serde(default, deserialize_with = "or_default")]
+    pub uid_mappings: Vec<IdMapping>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub gid_mappings: Vec<IdMapping>,
+    /// By clock: `monotonic`, `boottime`.
+    #[serde(default, deserialize_with = "or_default")]
+    pub time_offsets: BTreeMap<String, TimeOffset>,
+    #[serde(default, deserialize_with = "or_default")]
+    pub personality: Option<Personality>,
+    /// Of the root mount, inside: nothing is mounted from here on the host.
+    #[serde(default, deserialize_with = "or_default")]
+    pub rootfs_propagation: String,
+
     #[serde(default, skip_serializing)]
     pub net_devices: Unset,
-    #[serde(default, skip_serializing)]
-    pub rootfs_propagation: Unset,
     /// The guest has no such security module.
     #[serde(default, skip_serializing)]
     pub mount_label: Ignored,
@@ -136,30 +148,6 @@ pub struct Linux {
     pub intel_rdt: Ignored,
     #[serde(default, skip_serializing)]
     pub memory_policy: Unset,
-    #[serde(default, skip_serializing)]
-    pub personality: Unset,
-}
-
-#[derive(Debug, Clone, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Namespace {
-    #[serde(rename = "type")]
-    pub kind: NamespaceKind,
-    /// Joining a namespace by path is not supported yet.
-    #[serde(default, skip_serializing)]
-    pub path: Unset,
-}
-
-/// The namespaces a container can have of its own. The network is the guest's: the pod's. User and
-/// time namespaces are not supported yet, and so they are unknown names here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NamespaceKind {
-    Mount,
-    Uts,
-    Ipc,
-    Pid,
-    Cgroup,
 }
 
 #[derive(Debug, Clone, Default, Deserialize, Serialize)]
@@ -207,13 +195,6 @@ where
 }
 
 impl Spec {
-    pub fn has(&self, kind: NamespaceKind) -> bool {
-        self.linux
-            .namespaces
-            .iter()
-            .any(|namespace| namespace.kind == kind)
-    }
-
     /// What is asked for and has no effect in a guest, for the log.
     pub fn without_effect(&self) -> Vec<String> {
         let mut list = self.process.without_effect();
@@ -226,6 +207,10 @@ impl Spec {
                 list.push(name.into());
             }
         }
+        let personality = self.linux.personality.as_ref();
+        if personality.is_some_and(|personality| !personality.flags.is_empty()) {
+            list.push("linux.personality.flags".into());
+        }
         list
     }
 
@@ -234,32 +219,15 @@ impl Spec {
         self.process.validate("process")?;
         self.hooks.validate("hooks")?;
         absolute("root.path", &self.root.path)?;
-        if !self.has(NamespaceKind::Mount) {
-            return Err(Problem::new(
-                "linux.namespaces",
-                "a container needs a mount namespace of its own",
-            ));
-        }
-        for (i, namespace) in self.linux.namespaces.iter().enumerate() {
-            if self
-                .linux
-                .namespaces
-                .iter()
-                .skip(i + 1)
-                .any(|other| other.kind == namespace.kind)
-            {
-                return Err(Problem::new(
-                    format!("linux.namespaces[{i}]"),
-                    "the type is there twice",
-                ));
-            }
-        }
+        self.validate_namespaces()?;
         let named = !(self.hostname.is_empty() && self.domainname.is_empty());
         if named && !self.has(NamespaceKind::Uts) {
             return Err(Problem::new("hostname", "needs a uts namespace"));
         }
         for (i, mount) in self.mounts.iter().enumerate() {
-            absolute(&format!("mounts[{i}].destination"), &mount.destination)?;
+            // One that is relative begins at the root, as in old specifications.
+            let destination = format!("/{}", mount.destination);
+            absolute(&format!("mounts[{i}].destination"), &destination)?;
         }
         let paths = self
             .linux
@@ -320,6 +288,9 @@ impl Spec {
         let dotted = key.replace('/', ".");
         if key.split(['/', '.']).any(str::is_empty) || key.contains('\0') {
             return Err(Problem::new(at, "is no name of a sysctl"));
+        }
+        if dotted == "kernel.hostname" {
+            return Err(Problem::new(at, "conflicts with hostname"));
         }
         let own = if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
             self.has(NamespaceKind::Ipc)

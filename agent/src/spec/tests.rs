@@ -55,13 +55,8 @@ fn every_field_nobody_acts_on_is_refused_by_name() {
         "vm",
         "zos",
         "process.commandLine",
-        "linux.uidMappings",
-        "linux.gidMappings",
-        "linux.timeOffsets",
         "linux.netDevices",
-        "linux.rootfsPropagation",
         "linux.memoryPolicy",
-        "linux.personality",
         "linux.resources.rdma",
     ] {
         let mut spec = document();
@@ -116,7 +111,7 @@ fn wrong_values_are_named() {
         ("/root/path", json!("rootfs"), "root.path"),
         (
             "/mounts/0/destination",
-            json!("proc"),
+            json!("a\u{0}b"),
             "mounts[0].destination",
         ),
         (
@@ -126,17 +121,52 @@ fn wrong_values_are_named() {
         ),
         (
             "/linux/namespaces/0",
-            json!({"type": "user"}),
+            json!({"type": "nest"}),
             "linux.namespaces[0].type",
         ),
         (
             "/linux/namespaces/0",
-            json!({"type": "network"}),
-            "linux.namespaces[0].type",
+            json!({"type": "user"}),
+            "linux.uidMappings: a user namespace needs one",
+        ),
+        (
+            "/linux/uidMappings",
+            json!([{"containerID": 0, "hostID": 1, "size": 1}]),
+            "linux.uidMappings: needs a user namespace",
+        ),
+        (
+            "/linux/timeOffsets",
+            json!({"boottime": {"secs": 1}}),
+            "linux.timeOffsets.boottime: needs a time namespace of its own",
+        ),
+        (
+            "/linux/timeOffsets",
+            json!({"realtime": {"secs": 1}}),
+            "linux.timeOffsets.realtime",
+        ),
+        (
+            "/linux/personality",
+            json!({"domain": "BSD"}),
+            "linux.personality.domain",
+        ),
+        (
+            "/linux/sysctl",
+            json!({"kernel.hostname": "x"}),
+            "linux.sysctl.kernel.hostname: conflicts with hostname",
         ),
         (
             "/linux/namespaces/0/path",
             json!("/proc/1/ns/pid"),
+            "linux.namespaces[0].path",
+        ),
+        (
+            "/linux/namespaces/0/path",
+            json!("/run/husk/containers/a/ns/mount"),
+            "linux.namespaces[0].path",
+        ),
+        (
+            "/linux/namespaces/0/path",
+            json!("/run/husk/containers/a/b/ns/pid"),
             "linux.namespaces[0].path",
         ),
         (
@@ -231,6 +261,7 @@ fn what_has_no_effect_is_accepted_and_named() {
     spec["process"]["capabilities"]["ambient"] = serde_json::json!(["CAP_SYS_ADMIN"]);
     spec["linux"]["mountLabel"] = "x".into();
     spec["linux"]["intelRdt"] = serde_json::json!({"closID": "a"});
+    spec["linux"]["personality"] = serde_json::json!({"domain": "LINUX", "flags": ["X"]});
     let spec: Spec = parse(&serde_json::to_vec(&spec).unwrap()).unwrap();
     spec.validate().unwrap();
     let list = spec.without_effect();
@@ -241,6 +272,7 @@ fn what_has_no_effect_is_accepted_and_named() {
         "process.capabilities.bounding: \"CAP_FLY\"",
         "linux.mountLabel",
         "linux.intelRdt",
+        "linux.personality.flags",
     ] {
         assert!(list.iter().any(|entry| entry == name), "{name}: {list:?}");
     }

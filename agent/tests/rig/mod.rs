@@ -580,6 +580,8 @@ fn sweep(cgroups: &Path) {
         let pid = name.strip_prefix("husk-agent-test-")?.split('.').next()?;
         (!Path::new("/proc").join(pid).exists()).then_some(())
     };
+    // A rehearsal keeps it, in a guest for good.
+    fs::remove_dir(cgroups.join("husk-template")).ok();
     let entries = |path: &Path| fs::read_dir(path).into_iter().flatten().flatten();
     for left in entries(cgroups).filter(|left| dead(&left.file_name().to_string_lossy()).is_some())
     {

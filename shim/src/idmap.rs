@@ -3,18 +3,22 @@
 //!
 //! It is the host's mount that is mapped, and not the guest's: the file server needs no word of it, and what the
 //! guest writes comes back as the owner that the map says. The VMM's own user namespace maps every id to itself,
-//! so the two do not meet.
+//! so the two do not meet. The layers of a snapshot that containerd wants mapped are done the same way.
 
 use std::{
     fs::{self, File},
     io,
     os::fd::OwnedFd,
+    path::Path,
 };
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::spec::{SpecError, refuse};
+use crate::{
+    mount,
+    spec::{SpecError, refuse},
+};
 
 /// One range, in the words of the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -109,6 +113,74 @@ pub fn take(
     }
 }
 
+/// Takes `uidmap=` and `gidmap=` out of the options of a snapshot's mount: containerd's words for a snapshot
+/// that was made with `--remap-labels`. Each is `container:host:size`, several of them with commas between.
+pub fn of_snapshot(options: &mut Vec<String>) -> Result<Option<IdMaps>, String> {
+    let mut taken = |name: &str| {
+        let mut found = Vec::new();
+        let mut wrong = None;
+        options.retain(|option| match option.strip_prefix(name) {
+            Some(text) => {
+                for range in text.split(',') {
+                    match Range::parse(range) {
+                        Some(range) => found.push(range),
+                        None => wrong = Some(format!("option {option}: no map of ids")),
+                    }
+                }
+                false
+            }
+            None => true,
+        });
+        wrong.map_or(Ok(found), Err)
+    };
+    let (uid, gid) = (taken("uidmap=")?, taken("gidmap=")?);
+    match (uid.is_empty(), gid.is_empty()) {
+        (true, true) => Ok(None),
+        (false, false) => Ok(Some(IdMaps {
+            uid,
+            gid,
+            recursive: false,
+        })),
+        _ => Err("options uidmap and gidmap are there together or not at all".into()),
+    }
+}
+
+impl Range {
+    fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.split(':').map(|number| number.parse().ok());
+        let range = Self {
+            container_id: numbers.next()??,
+            host_id: numbers.next()??,
+            size: numbers.next()??,
+        };
+        numbers.next().is_none().then_some(range)
+    }
+}
+
+/// Mounts the lower layers of an overlay with other owners, and puts them in the place of those of its options:
+/// an overlay itself cannot be mapped. They are mounted over `place`, where the overlay will cover them, in a mount
+/// namespace that is this thread's alone.
+pub fn map_layers(options: &mut [String], place: &Path, maps: &IdMaps) -> io::Result<()> {
+    let namespace = user_namespace(maps)?;
+    mount::mount("tmpfs", place, "tmpfs", 0, "mode=755,size=64k")?;
+    for option in options {
+        let Some(layers) = option.strip_prefix("lowerdir=") else {
+            continue;
+        };
+        let mut mapped = Vec::new();
+        for (index, layer) in layers.split(':').enumerate() {
+            let at = place.join(index.to_string());
+            fs::create_dir(&at)?;
+            let tree = mount::open_tree(Path::new(layer), false)?;
+            mount::map_ids(&tree, false, &namespace)?;
+            mount::attach(&tree, &at)?;
+            mapped.push(at.to_string_lossy().into_owned());
+        }
+        *option = format!("lowerdir={}", mapped.join(":"));
+    }
+    Ok(())
+}
+
 /// A user namespace with these maps that nobody is in.
 pub fn user_namespace(maps: &IdMaps) -> io::Result<OwnedFd> {
     let child = Child::born_into_user_namespace()?;
@@ -185,6 +257,30 @@ mod tests {
             take(&mut mount, "mounts[0]", container.as_ref()).unwrap(),
             None
         );
+    }
+
+    #[test]
+    fn snapshots_have_maps_among_their_options() {
+        let options = |list: &[&str]| {
+            list.iter()
+                .map(|text| (*text).to_owned())
+                .collect::<Vec<_>>()
+        };
+        let mut mapped = options(&["lowerdir=/a", "uidmap=0:5:10,10:1:1", "gidmap=0:6:10"]);
+        let maps = of_snapshot(&mut mapped).unwrap().unwrap();
+        assert_eq!(
+            (
+                maps.uid.len(),
+                maps.uid[1].container_id,
+                maps.gid[0].host_id
+            ),
+            (2, 10, 6)
+        );
+        assert_eq!(mapped, ["lowerdir=/a"]);
+        assert_eq!(of_snapshot(&mut options(&["ro"])).unwrap(), None);
+        for wrong in ["uidmap=0:5", "uidmap=0:5:10", "uidmap=0:5:10:1"] {
+            assert!(of_snapshot(&mut options(&[wrong])).is_err(), "{wrong}");
+        }
     }
 
     #[test]

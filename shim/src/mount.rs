@@ -80,6 +80,24 @@ pub fn open_tree(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Attaches a detached mount at `target`, in this thread's mount namespace.
+pub fn attach(tree: impl AsFd, target: &Path) -> io::Result<()> {
+    const EMPTY: &CStr = c"";
+    let target = c_string(target.as_os_str().as_bytes())?;
+    // SAFETY: both strings outlive the call.
+    outcome(unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_fd().as_raw_fd(),
+            EMPTY.as_ptr(),
+            libc::AT_FDCWD,
+            target.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    })?;
+    Ok(())
+}
+
 /// What every share is to the host, whatever it is to the guest, whose own mount of it decides there:
 /// nothing is executed from it and no device opened through it, not even by a VMM that its guest has won.
 const HOSTS: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;

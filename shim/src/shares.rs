@@ -16,7 +16,7 @@ use thiserror::Error;
 use tokio::{sync::oneshot, time::timeout};
 
 use crate::{
-    idmap,
+    idmap::{self, IdMaps},
     mount::{self, Attributes},
     spec::{Bind, Plan},
 };
@@ -162,6 +162,11 @@ fn root(path: &Path, mounts: &[Mount]) -> Result<OwnedFd, ShareError> {
             let source = Path::new(&only.source);
             let recursive = options.flags & libc::MS_REC != 0;
             let tree = mount::open_tree(source, recursive).map_err(|e| failed(source, e))?;
+            if let Some(maps) = &options.idmap {
+                idmap::user_namespace(maps)
+                    .and_then(|namespace| mount::map_ids(&tree, false, namespace))
+                    .map_err(|e| failed(source, e))?;
+            }
             (tree, options.attributes())
         }
         mounts => {
@@ -214,6 +219,8 @@ fn mount_all(root: &Path, mounts: &[Mount]) -> Result<(), ShareError> {
 struct Options {
     flags: u64,
     data: Vec<String>,
+    /// Other owners than the files have.
+    idmap: Option<IdMaps>,
 }
 
 impl Options {
@@ -259,6 +266,7 @@ impl Options {
                 parsed.flags &= !flag;
             }
         }
+        parsed.idmap = idmap::of_snapshot(&mut parsed.data).map_err(ShareError::Unsupported)?;
         Ok(parsed)
     }
 
@@ -284,7 +292,18 @@ impl Options {
             let reason = "containerd was to resolve this kind of mount itself";
             return Err(io::Error::other(reason));
         }
-        let data = self.data.join(",");
+        let mut options = self.data.clone();
+        match &self.idmap {
+            None => {}
+            Some(maps) if mount.type_ == "overlay" => {
+                idmap::map_layers(&mut options, target, maps)?;
+            }
+            Some(_) => {
+                let reason = "options uidmap and gidmap: of an overlay or of one directory only";
+                return Err(io::Error::other(reason));
+            }
+        }
+        let data = options.join(",");
         if is_bind(mount) {
             mount::mount(&mount.source, target, "", self.flags, &data)?;
             let remount = self.flags | libc::MS_REMOUNT | libc::MS_BIND;
@@ -296,7 +315,7 @@ impl Options {
         if data.len() <= DATA_LIMIT {
             return mount::mount(&mount.source, target, &mount.type_, self.flags, &data);
         }
-        let (directory, data) = shorten(&self.data).ok_or_else(|| {
+        let (directory, data) = shorten(&options).ok_or_else(|| {
             io::Error::other(format!(
                 "{} bytes of options, and no way to shorten",
                 data.len()
@@ -349,7 +368,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::idmap::{IdMaps, Range};
+    use crate::idmap::Range;
 
     fn strings(options: &[&str]) -> Vec<String> {
         options.iter().map(|o| (*o).to_owned()).collect()
@@ -429,6 +448,43 @@ mod tests {
         assert_eq!(mounts_below(&at("rootfs")), 0);
         fs::write(format!("/proc/self/fd/{}/new", tree.as_raw_fd()), "x").unwrap();
         assert!(at("upper/new").exists());
+    }
+
+    /// `ctr run --remap-labels`: the layers belong to the host's root, the container's root is another.
+    #[test]
+    fn an_overlay_can_have_other_owners_than_its_layers() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let top = tempfile::tempdir_in("/dev/shm").unwrap();
+        let at = |name: &str| top.path().join(name);
+        for name in ["lower1", "lower2", "upper", "work", "rootfs"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::write(at("lower1/one"), "").unwrap();
+        fs::write(at("lower2/two"), "").unwrap();
+        chown(at("lower2/two"), Some(3), Some(4)).unwrap();
+        let lower = format!(
+            "lowerdir={}:{}",
+            at("lower1").display(),
+            at("lower2").display()
+        );
+        let upper = format!("upperdir={}", at("upper").display());
+        let work = format!("workdir={}", at("work").display());
+        let maps = ["uidmap=0:1000:100", "gidmap=0:2000:100"];
+        let overlay = mount_of(
+            "overlay",
+            Path::new("overlay"),
+            &[&work, &upper, &lower, maps[0], maps[1]],
+        );
+        let rootfs = at("rootfs");
+        let tree = thread::spawn(move || root(&rootfs, &[overlay]).unwrap());
+        let tree = tree.join().unwrap();
+        assert_eq!(names(&tree), ["one", "two"]);
+        let owner = |name: &str| {
+            let found = fs::metadata(format!("/proc/self/fd/{}/{name}", tree.as_raw_fd())).unwrap();
+            (found.uid(), found.gid())
+        };
+        assert_eq!((owner("one"), owner("two")), ((1000, 2000), (1003, 2004)));
+        assert_eq!(mounts_below(top.path()), 0);
     }
 
     #[test]

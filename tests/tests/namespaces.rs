@@ -1,0 +1,137 @@
+//! Namespaces as a user gets them: those that the containers of a pod share, user namespaces, and other owners
+//! of a volume's files.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, chown},
+    path::Path,
+};
+
+use husk_tests::{
+    census::Census,
+    ctr::{Container, Run, Runtime, fresh_id},
+};
+
+/// A further container of the pod, in those of its namespaces that CRI names.
+fn beside(pod: &Container, kinds: &[&str]) -> Container {
+    let flags = flags(pod, kinds);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    Container::detached(Runtime::Husk, &flags, &["sleep", "86400"])
+}
+
+fn flags(pod: &Container, kinds: &[&str]) -> Vec<String> {
+    let mut flags = vec![
+        "--null-io".to_owned(),
+        "--annotation".to_owned(),
+        format!("io.kubernetes.cri.sandbox-id={}", pod.id),
+    ];
+    for kind in kinds {
+        let file = if *kind == "network" { "net" } else { kind };
+        flags.push("--with-ns".to_owned());
+        flags.push(format!("{kind}:/proc/{}/ns/{file}", pod.pid()));
+    }
+    flags
+}
+
+fn links(container: &Container) -> Vec<String> {
+    let script = "for kind in uts ipc pid net mnt; do readlink /proc/self/ns/$kind; done";
+    let out = container.exec(&["sh", "-c", script]).ok();
+    out.lines().map(str::to_owned).collect()
+}
+
+/// As the containers of a Kubernetes pod, with and without shareProcessNamespace.
+#[test]
+fn containers_of_a_pod_share_what_its_sandbox_has_made() {
+    let sandbox = Container::idle(Runtime::Husk);
+    let one = beside(&sandbox, &["network", "ipc", "uts"]);
+    let two = beside(&sandbox, &["network", "ipc", "uts", "pid"]);
+    let boot = |container: &Container| {
+        let id = container.exec(&["cat", "/proc/sys/kernel/random/boot_id"]);
+        id.ok()
+    };
+    assert_eq!(boot(&sandbox), boot(&one));
+    let (theirs, of_one, of_two) = (links(&sandbox), links(&one), links(&two));
+    let shared =
+        |other: &[String]| -> Vec<bool> { theirs.iter().zip(other).map(|(a, b)| a == b).collect() };
+    assert_eq!(shared(&of_one), [true, true, false, true, false]);
+    assert_eq!(shared(&of_two), [true, true, true, true, false]);
+    let count = "ps -o comm | grep -c sleep";
+    assert_eq!(one.exec(&["sh", "-c", count]).ok(), "1\n");
+    assert_eq!(two.exec(&["sh", "-c", count]).ok(), "2\n");
+    // Its end is not the pod's.
+    two.remove();
+    assert_eq!(one.exec(&["true"]).code(), 0);
+    one.remove();
+    assert_eq!(sandbox.exec(&["true"]).code(), 0);
+}
+
+#[test]
+fn namespaces_of_another_pod_are_refused_by_name() {
+    let other = Container::idle(Runtime::Husk);
+    let pod = Container::idle(Runtime::Husk);
+    let before = Census::take();
+    let foreign = format!("ipc:/proc/{}/ns/ipc", other.pid());
+    let mut asked = vec![vec!["--with-ns".to_owned(), foreign.clone()]];
+    asked.push(flags(&pod, &["network"]));
+    asked[1].extend(["--with-ns".to_owned(), foreign]);
+    for flags in asked {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let outcome = Run::husk(&["true"]).flags(&flags).go();
+        let words = format!("].path: /proc/{}/ns/ipc: ", other.pid());
+        assert!(
+            outcome.code() != 0 && outcome.err().contains(&words),
+            "{outcome:?}"
+        );
+    }
+    before.assert_restored();
+}
+
+const MAPPED: [&str; 4] = ["--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536"];
+
+#[test]
+fn a_user_namespace_looks_as_under_runc() {
+    let script = "id; cat /proc/self/uid_map /proc/self/gid_map; touch /made && ls -ln /made /etc/passwd | cut -d' ' -f1-8; \
+        cat /proc/self/setgroups; ls -ln /dev | grep -v core; cat /proc/mounts | cut -d' ' -f2-3 | sort; \
+        grep Cap /proc/self/status; hostname other 2>&1; ulimit -n; echo here >/dev/stdout";
+    let outcome = |runtime| {
+        let args = ["sh", "-c", script];
+        let run = Run::husk(&args).runtime(runtime);
+        let out = run.flags(&MAPPED).go().ok();
+        let lines = out
+            .lines()
+            .filter(|line| !line.starts_with("/ ") && !line.contains(" / "));
+        let dates = |line: &str| match line.split_once(" 20") {
+            Some((before, _)) => before.to_owned(),
+            None => line.to_owned(),
+        };
+        lines.map(dates).collect::<Vec<_>>()
+    };
+    assert_eq!(outcome(Runtime::Husk), outcome(Runtime::Runc));
+}
+
+/// The host maps the ids of the mount, and the file server knows nothing of it.
+#[test]
+fn an_idmapped_volume_has_the_owners_of_the_container() {
+    let volume = Path::new("/var/tmp").join(fresh_id("idmapped"));
+    fs::create_dir_all(&volume).expect("create a volume");
+    for (name, owner) in [("roots", 0), ("users", 7)] {
+        fs::write(volume.join(name), "").expect("write");
+        chown(volume.join(name), Some(owner), Some(owner)).expect("chown");
+    }
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw:idmap",
+        volume.display()
+    );
+    let script = "cd /data; ls -ln | cut -c1-10 >/dev/null; stat -c '%n %u %g' roots users; touch made; chown 9:9 users && echo given";
+    let args = ["sh", "-c", script];
+    let mut flags = MAPPED.to_vec();
+    flags.extend(["--mount", &mount]);
+    let out = Run::husk(&args).flags(&flags).go().ok();
+    assert_eq!(out, "roots 0 0\nusers 7 7\ngiven\n");
+    let owner = |name: &str| {
+        let found = fs::metadata(volume.join(name)).expect("stat");
+        (found.uid(), found.gid())
+    };
+    assert_eq!((owner("made"), owner("users")), ((0, 0), (9, 9)));
+    fs::remove_dir_all(&volume).expect("remove");
+}

@@ -8,9 +8,11 @@ use std::{
 };
 
 use husk_tests::{
+    bundle::Bundle,
     census::Census,
     ctr::{Container, Run, Runtime, fresh_id},
 };
+use serde_json::json;
 
 /// A further container of the pod, in those of its namespaces that CRI names.
 fn beside(pod: &Container, kinds: &[&str]) -> Container {
@@ -134,4 +136,41 @@ fn an_idmapped_volume_has_the_owners_of_the_container() {
     };
     assert_eq!((owner("made"), owner("users")), ((0, 0), (9, 9)));
     fs::remove_dir_all(&volume).expect("remove");
+}
+
+/// What is mounted where, how it may be used, and what is in it.
+#[test]
+fn mounts_look_as_under_runc() {
+    let script = "while read -r id parent device root at options rest; do [ $at = / ] || echo $at $options; done \
+        </proc/self/mountinfo; stat -c '%n %a %u:%g' /etc /etc/passwd /m /m/* /proc/keys; \
+        echo x >/etc/new && cat /etc/new; echo x >/m/ro/new; ls /srv; echo x >/opt/closed";
+    let mut bundle = Bundle::new(&["sh", "-c", script]);
+    let mounts = bundle.spec["mounts"].as_array_mut().expect("mounts");
+    for mount in [
+        json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "noatime", "relatime"]}),
+        json!({"destination": "/m", "type": "tmpfs", "source": "m", "options": ["ro", "mode=0711", "nodev"]}),
+        json!({"destination": "/m/ro", "type": "tmpfs", "source": "m", "options": ["ro", "strictatime", "noatime"]}),
+        json!({"destination": "/m/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid"]}),
+        json!({"destination": "/m/hosts", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro", "noexec", "rprivate"]}),
+        json!({"destination": "/m/tree", "type": "bind", "source": "/usr/share", "options": ["rbind", "rro"]}),
+        json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["remount", "nosuid", "size=1m"]}),
+    ] {
+        mounts.push(mount);
+    }
+    bundle.spec["linux"]["maskedPaths"] = json!(["/proc/keys", "/srv", "/nosuch/path"]);
+    bundle.spec["linux"]["readonlyPaths"] = json!(["/opt", "/proc/sys", "/nosuch"]);
+    let outcome = bundle.assert_equals_runc();
+    assert!(outcome.out().contains("/m/tree ro,"), "{outcome:?}");
+}
+
+#[test]
+fn clocks_of_a_time_namespace_are_ahead() {
+    let mut bundle = Bundle::new(&["cat", "/proc/uptime"]);
+    let namespaces = bundle.spec["linux"]["namespaces"].as_array_mut();
+    namespaces
+        .expect("namespaces")
+        .push(json!({"type": "time"}));
+    bundle.spec["linux"]["timeOffsets"] = json!({"boottime": {"secs": 1_000_000}});
+    let out = bundle.run(Runtime::Husk).ok();
+    assert!(out.starts_with("10000"), "{out}");
 }

@@ -7,10 +7,11 @@ use std::io;
 use std::os::fd::AsFd;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Uid, chownat, makedev, mknodat, openat, symlinkat,
-    unlinkat,
+    AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid, chownat, fstat, makedev, mknodat, open,
+    openat, symlinkat, unlinkat,
 };
 use rustix::io::Errno;
+use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 
 use super::failure::{Explain, Failure};
 use super::inside::{Root, clean};
@@ -34,17 +35,47 @@ const LINKS: [(&str, &str); 5] = [
     ("/proc/kcore", "core"),
 ];
 
-/// Fills /dev, unless the specification binds one.
-pub(super) fn make(root: &Root, spec: &Spec) -> Result<(), Failure> {
-    let bound = spec.mounts.iter().any(|mount| {
+/// Whether the specification binds a /dev, which is left as it is.
+fn is_bound(spec: &Spec) -> bool {
+    spec.mounts.iter().any(|mount| {
         let bind = mount.kind == "bind"
             || mount
                 .options
                 .iter()
                 .any(|option| option == "bind" || option == "rbind");
         bind && clean(&mount.destination) == "/dev"
-    });
-    if bound {
+    })
+}
+
+/// Standard streams that are the guest's /dev/null become the container's, whose path means something in it.
+pub(super) fn reopen_null(spec: &Spec) -> Result<(), Failure> {
+    if is_bound(spec) {
+        return Ok(());
+    }
+    let at = || "open /dev/null again".to_string();
+    let null = open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).request(at)?;
+    let is_null = |found: &Stat| {
+        FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice
+            && found.st_rdev == makedev(1, 3)
+    };
+    if !is_null(&fstat(&null).guest(at)?) {
+        return Ok(());
+    }
+    if is_null(&fstat(stdin()).guest(at)?) {
+        dup2_stdin(&null).guest(at)?;
+    }
+    if is_null(&fstat(stdout()).guest(at)?) {
+        dup2_stdout(&null).guest(at)?;
+    }
+    if is_null(&fstat(stderr()).guest(at)?) {
+        dup2_stderr(&null).guest(at)?;
+    }
+    Ok(())
+}
+
+/// Fills /dev, unless the specification binds one.
+pub(super) fn make(root: &Root, spec: &Spec) -> Result<(), Failure> {
+    if is_bound(spec) {
         return Ok(());
     }
     let wanted = |path: &str| {

@@ -101,6 +101,7 @@ fn container(
     let root = rootfs::build(plan, prepared)?;
     rootfs::enter(&root)?;
     rootfs::propagate(spec)?;
+    devices::reopen_null(spec)?;
     let creating = hooks::Stage {
         kind: "createContainer",
         status: "creating",

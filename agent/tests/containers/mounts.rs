@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 
 use serde_json::{Value, json};
 
-use crate::rig::rig;
+use crate::rig::{Io, rig};
 
 fn push(spec: &mut Value, mount: Value) {
     spec["mounts"].as_array_mut().unwrap().push(mount);
@@ -253,6 +253,29 @@ fn closed_paths_are_closed_as_runc_closes_them() {
                 format!("linux.{field}: /etc/passwd/below: not a directory")
             );
         }
+        fs::remove_dir_all(image).unwrap();
+    });
+}
+
+/// By a path that means something inside.
+#[test]
+fn a_stream_that_is_null_is_the_containers() {
+    with_rig!(rig, {
+        let image = rig.fresh_image("null");
+        let script = "for n in 0 1 2; do readlink /proc/self/fd/$n >>/streams; done; busybox stat -L -c %d /dev/null /proc/self/fd/0 >/devices";
+        let mut spec = rig.spec(&["sh", "-c", script]);
+        spec["root"]["path"] = json!(image);
+        let id = "null-streams";
+        rig.create_with(id, spec, &Io::none()).await.unwrap();
+        rig.start(id, "").await.unwrap();
+        assert_eq!(rig.exit(id, "").await, 0);
+        rig.delete(id, "").await.unwrap();
+        // What readlink and stat write to is the file.
+        let seen = fs::read_to_string(image.join("streams")).unwrap();
+        assert_eq!(seen, "/dev/null\n/streams\n/dev/null\n");
+        let devices = fs::read_to_string(image.join("devices")).unwrap();
+        let (there, given) = devices.trim().split_once('\n').unwrap();
+        assert_eq!(there, given);
         fs::remove_dir_all(image).unwrap();
     });
 }

@@ -222,6 +222,11 @@ impl Rig {
 
     pub(crate) async fn create_as(&self, id: &str, spec: Value) -> Answer<Created> {
         let io = self.io(spec["process"]["terminal"] == json!(true));
+        self.create_with(id, spec, &io).await?;
+        Ok(Created { id: id.into(), io })
+    }
+
+    pub(crate) async fn create_with(&self, id: &str, spec: Value, io: &Io) -> Answer<()> {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: serde_json::to_vec(&spec).unwrap(),
@@ -231,8 +236,8 @@ impl Rig {
         self.client
             .create_container(Self::context(), &request)
             .await
-            .map_err(words)?;
-        Ok(Created { id: id.into(), io })
+            .map(drop)
+            .map_err(words)
     }
 
     /// A running container that does nothing.

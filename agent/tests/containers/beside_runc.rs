@@ -27,6 +27,7 @@ fn under_runc(rig: &Rig, spec: &Value, name: &str) -> Result<String, String> {
     let mut out = String::new();
     let pipe = running.stdout.as_mut().unwrap();
     std::io::Read::read_to_string(pipe, &mut out).unwrap();
+    running.wait().ok();
     std::fs::remove_dir_all(bundle).unwrap();
     match out.strip_suffix("status 0\n") {
         Some(out) => Ok(out.to_owned()),

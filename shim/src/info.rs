@@ -43,7 +43,7 @@ fn features() -> Value {
         "hooks": ["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"],
         "mountOptions": mount_options(),
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             "cgroup": {"v1": false, "v2": true, "systemd": true, "systemdUser": false, "rdma": false},
             "seccomp": {
                 "enabled": true,
@@ -60,7 +60,7 @@ fn features() -> Value {
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}}
+            "mountExtensions": {"idmap": {"enabled": true}}
         }
     })
 }
@@ -88,7 +88,30 @@ fn mount_options() -> Vec<String> {
         "symfollow",
     ];
     let others = [
-        "async", "bind", "defaults", "private", "rbind", "rprivate", "rslave", "silent", "slave",
+        "async",
+        "bind",
+        "defaults",
+        "dirsync",
+        "idmap",
+        "iversion",
+        "lazytime",
+        "loud",
+        "mand",
+        "noiversion",
+        "nolazytime",
+        "nomand",
+        "private",
+        "rbind",
+        "remount",
+        "ridmap",
+        "rprivate",
+        "rslave",
+        "runbindable",
+        "silent",
+        "slave",
+        "sync",
+        "tmpcopyup",
+        "unbindable",
     ];
     let deep = attributes.iter().map(|name| format!("r{name}"));
     let plain = attributes

@@ -119,8 +119,8 @@ fn mounts_look_as_under_runc() {
         json!({"destination": "/m", "type": "tmpfs", "source": "m", "options": ["ro", "mode=0711", "nodev"]}),
         json!({"destination": "/m/ro", "type": "tmpfs", "source": "m", "options": ["ro", "strictatime", "noatime"]}),
         json!({"destination": "/m/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid"]}),
-        json!({"destination": "/m/hosts", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro", "noexec", "rprivate"]}),
-        json!({"destination": "/m/tree", "type": "bind", "source": "/usr/share", "options": ["rbind", "rro"]}),
+        json!({"destination": "/m/hosts", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro", "noexec", "relatime", "rprivate"]}),
+        json!({"destination": "/m/tree", "type": "bind", "source": "/usr/share", "options": ["rbind", "rro", "relatime"]}),
         json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["remount", "nosuid", "size=1m"]}),
     ] {
         mounts.push(mount);

@@ -79,7 +79,7 @@ const EVERYWHERE: &[Known] = &[
     known("*", "session keyring", "session keyring"),
 ];
 /// The row of what is refused until it is built.
-pub const UNBUILT: &str = "user and time namespaces";
+pub const NEWER: &str = "time namespaces and";
 const KERNEL: &str = "what the guest's kernel is not";
 const PROCESSORS: &str = "memory and processors";
 const ROOT: &str = "the source of `/`";

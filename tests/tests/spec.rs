@@ -126,3 +126,27 @@ fn a_limit_of_memory_that_is_too_low_to_start_is_named() {
         "{outcome:?}"
     );
 }
+
+/// createContainer's programs are the image's under husk, and the host's under runc; startContainer's are the image's.
+#[test]
+fn hooks_of_the_container_run_in_it() {
+    let hook = |script: &str| json!({"path": "/bin/sh", "args": ["sh", "-c", script]});
+    let mut bundle = Bundle::new(&["cat", "/tmp/log"]);
+    bundle.spec["hooks"] = json!({"startContainer": [hook("id -u >/tmp/log; grep -c '\"status\":\"created\"' >>/tmp/log")]});
+    assert_eq!(bundle.assert_equals_runc().out(), "0\n1\n");
+
+    bundle.spec["hooks"]["createContainer"] = json!([hook("echo made >/tmp/made")]);
+    bundle.spec["process"]["args"] = json!(["cat", "/tmp/made", "/tmp/log"]);
+    assert_eq!(bundle.run(Runtime::Husk).ok(), "made\n0\n1\n");
+
+    for kind in ["createContainer", "startContainer"] {
+        bundle.spec["hooks"] = json!({});
+        bundle.spec["hooks"][kind] = json!([hook("echo no >&2; exit 3")]);
+        let outcome = bundle.run(Runtime::Husk);
+        let words = format!("error running {kind} hook #0: exit status 3, stdout: , stderr: no");
+        assert!(
+            outcome.code() != 0 && outcome.err().contains(&words),
+            "{outcome:?}"
+        );
+    }
+}

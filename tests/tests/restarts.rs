@@ -1,5 +1,5 @@
-//! Containers whose containerd, shim, VMM or agent goes away under them. Each of it ten times: what is left to a race
-//! does not show at the first.
+//! Containers whose containerd, shim, VMM or agent goes away under them, again and again: what is left to a race does
+//! not show at the first. Twice in every run, and ten times in `make test-long`.
 
 use std::{
     fs::{self, File},
@@ -19,8 +19,6 @@ use husk_tests::{
     ctr::{Container, Run, Runtime, ctr},
     events::Events,
 };
-
-const ROUNDS: u32 = 10;
 
 /// A container that answers each line, and a client at its FIFOs, which needs no containerd.
 struct Talker {
@@ -120,14 +118,14 @@ impl Logged {
 
 /// What a running container shows before, while and after containerd is away.
 #[track_caller]
-fn assert_containers_go_on(mut take_away: impl FnMut(), mut bring_back: impl FnMut()) {
+fn assert_containers_go_on(rounds: u32, mut take_away: impl FnMut(), mut bring_back: impl FnMut()) {
     let _restored = Restored::when_dropped();
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
     let mut talker = Talker::start();
     let logged = Logged::start();
     let (id, pid) = (talker.container.id.clone(), talker.container.pid());
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         take_away();
         talker.assert_answers(&format!("away {round}"));
         logged.assert_grows();
@@ -168,30 +166,30 @@ fn sweep_fifos() {
     assert!(swept.is_ok_and(|status| status.success()));
 }
 
-#[test]
-fn containers_go_on_while_containerd_is_stopped_and_started() {
+fn containers_go_on_while_containerd_is_stopped_and_started(rounds: u32) {
     assert_containers_go_on(
+        rounds,
         || containerd::stop().expect("stop"),
         || containerd::start().expect("start"),
     );
 }
 
-#[test]
-fn containers_go_on_while_containerd_is_killed_and_started() {
+fn containers_go_on_while_containerd_is_killed_and_started(rounds: u32) {
     assert_containers_go_on(
+        rounds,
         || containerd::kill().expect("kill"),
         || containerd::start().expect("start"),
     );
 }
 
 /// From 1.7 to 2.1 and, as an upgrade may have to be taken back, from 2.1 to 1.7.
-#[test]
-fn containers_go_on_while_containerd_is_upgraded_and_downgraded() {
+fn containers_go_on_while_containerd_is_upgraded_and_downgraded(rounds: u32) {
     let _restored = Restored::when_dropped();
     if containerd::selected() != Version::V1_7 {
         containerd::change_to(Version::V1_7).expect("begin with 1.7");
     }
     assert_containers_go_on(
+        rounds,
         || containerd::stop().expect("stop"),
         || {
             containerd::select(containerd::selected().other()).expect("select");
@@ -201,12 +199,11 @@ fn containers_go_on_while_containerd_is_upgraded_and_downgraded() {
 }
 
 /// It is kept for containerd, and for whoever asks it.
-#[test]
-fn an_end_while_containerd_is_away_is_known_when_it_is_back() {
+fn an_end_while_containerd_is_away_is_known_when_it_is_back(rounds: u32) {
     let _restored = Restored::when_dropped();
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let mut talker = Talker::start();
         let id = talker.container.id.clone();
         if round % 2 == 0 {
@@ -257,11 +254,11 @@ fn kill(pid: u32) {
 
 /// Something of a pod is killed: the end is told once, as 137, and nothing is left.
 #[track_caller]
-fn assert_end_is_told_once(flags: &[&str], end: impl Fn(&Container)) {
+fn assert_end_is_told_once(rounds: u32, flags: &[&str], end: impl Fn(&Container)) {
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
     let events = Events::subscribe();
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let flags = [&["--null-io"], flags].concat();
         let container = Container::detached(Runtime::Husk, &flags, &["sleep", "86400"]);
         let id = container.id.clone();
@@ -280,32 +277,28 @@ fn assert_end_is_told_once(flags: &[&str], end: impl Fn(&Container)) {
     }
 }
 
-#[test]
-fn a_shim_that_is_killed_is_told_once_and_leaves_nothing() {
-    assert_end_is_told_once(&[], |container| kill(shim_of(container)));
+fn a_shim_that_is_killed_is_told_once_and_leaves_nothing(rounds: u32) {
+    assert_end_is_told_once(rounds, &[], |container| kill(shim_of(container)));
 }
 
-#[test]
-fn a_vmm_that_is_killed_is_told_once_and_leaves_nothing() {
-    assert_end_is_told_once(&[], |container| kill(container.pid()));
+fn a_vmm_that_is_killed_is_told_once_and_leaves_nothing(rounds: u32) {
+    assert_end_is_told_once(rounds, &[], |container| kill(container.pid()));
 }
 
 /// The agent is the guest's first process: it goes with its kernel, and the kernel with it.
-#[test]
-fn an_agent_that_dies_is_told_once_and_leaves_nothing() {
-    assert_end_is_told_once(&["--privileged"], |container| {
+fn an_agent_that_dies_is_told_once_and_leaves_nothing(rounds: u32) {
+    assert_end_is_told_once(rounds, &["--privileged"], |container| {
         // Nobody is left to say how it went.
         drop(container.exec(&["sh", "-c", "echo c >/proc/sysrq-trigger"]));
     });
 }
 
 /// Nobody is left who could say how the shim's containers are.
-#[test]
-fn a_shim_that_dies_with_containerd_is_cleaned_up_after() {
+fn a_shim_that_dies_with_containerd_is_cleaned_up_after(rounds: u32) {
     let _restored = Restored::when_dropped();
     Run::husk(&["true"]).go().ok();
     let before = Census::take();
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         let container = Container::idle(Runtime::Husk);
         let shim = shim_of(&container);
         containerd::kill().expect("kill");
@@ -319,4 +312,33 @@ fn a_shim_that_dies_with_containerd_is_cleaned_up_after() {
         std::mem::forget(container);
         before.assert_restored();
     }
+}
+
+macro_rules! again_and_again {
+    ($($name:ident)*) => {
+        mod twice {$(
+            #[test]
+            fn $name() {
+                super::$name(2);
+            }
+        )*}
+        mod ten_times {$(
+            #[test]
+            #[ignore = "takes minutes"]
+            fn $name() {
+                super::$name(10);
+            }
+        )*}
+    };
+}
+
+again_and_again! {
+    containers_go_on_while_containerd_is_stopped_and_started
+    containers_go_on_while_containerd_is_killed_and_started
+    containers_go_on_while_containerd_is_upgraded_and_downgraded
+    an_end_while_containerd_is_away_is_known_when_it_is_back
+    a_shim_that_is_killed_is_told_once_and_leaves_nothing
+    a_vmm_that_is_killed_is_told_once_and_leaves_nothing
+    an_agent_that_dies_is_told_once_and_leaves_nothing
+    a_shim_that_dies_with_containerd_is_cleaned_up_after
 }

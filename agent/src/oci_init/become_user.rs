@@ -3,7 +3,7 @@
 //! Each step may need a privilege that a later one gives up; the order is the point of this file.
 //! Called inside the container's root.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
@@ -196,21 +196,23 @@ fn environment(process: &Process) -> Vec<String> {
     env
 }
 
-/// Of several entries with one name the last, in the first one's place: programs read the first they find, and
-/// clients append theirs to the image's.
+/// Of several entries with one name the last, as with runc from 1.2 on: programs read the first they find, and clients
+/// append theirs to the image's.
 fn last_of_each(env: &[String]) -> Vec<String> {
-    let mut kept: Vec<String> = Vec::with_capacity(env.len());
-    let mut places = HashMap::new();
-    for entry in env {
-        let name = entry
+    let name = |entry: &str| {
+        entry
             .split_once('=')
-            .map_or(entry.as_str(), |(name, _)| name);
-        let place = *places.entry(name).or_insert(kept.len());
-        match kept.get_mut(place) {
-            Some(earlier) => earlier.clone_from(entry),
-            None => kept.push(entry.clone()),
-        }
-    }
+            .map_or(entry, |(name, _)| name)
+            .to_owned()
+    };
+    let mut seen = HashSet::new();
+    let mut kept: Vec<_> = env
+        .iter()
+        .rev()
+        .filter(|entry| seen.insert(name(entry)))
+        .cloned()
+        .collect();
+    kept.reverse();
     kept
 }
 
@@ -239,9 +241,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_of_a_name_counts_where_the_first_was() {
+    fn the_last_of_a_name_counts() {
         let env = ["A=1", "B=2", "A=3", "AB=4", "B=", "A=5=6"].map(String::from);
-        assert_eq!(last_of_each(&env), ["A=5=6", "B=", "AB=4"]);
+        assert_eq!(last_of_each(&env), ["AB=4", "B=", "A=5=6"]);
     }
 
     #[test]

@@ -206,8 +206,13 @@ impl Launch {
     /// Lets the process go on until its program runs.
     pub async fn go(&mut self) -> Result<(), LaunchError> {
         match timely(self.deadline, self.control.order(&Order::Go)).await? {
-            // Whoever is dead cannot be ordered about.
-            Err(ControlError::Socket(_)) => return Err(LaunchError::Killed),
+            // Whoever is dead cannot be ordered about, but may have said what of.
+            Err(ControlError::Socket(_)) => {
+                return Err(match self.report().await {
+                    Err(failed @ LaunchError::Failed { .. }) => failed,
+                    _ => LaunchError::Killed,
+                });
+            }
             other => other?,
         }
         match self.report().await? {

@@ -23,13 +23,57 @@ pub enum OptionsError {
     Malformed(#[from] protobuf::Error),
 }
 
-/// `runtimeoptions.v1.Options`, and runc's, without what comes before in a type's URL.
+/// `runtimeoptions.v1.Options`, without what comes before in a type's URL.
 const OURS: &str = "runtimeoptions.v1.Options";
-const RUNCS: &str = "containerd.runc.v1.Options";
+/// Those of runc, and the fields of each from number 1 on: what clients send to whatever runtime they meet.
+const RUNCS: [(&str, &[&str]); 2] = [
+    (
+        "containerd.runc.v1.Options",
+        &[
+            "NoPivotRoot",
+            "NoNewKeyring",
+            "ShimCgroup",
+            "IoUid",
+            "IoGid",
+            "BinaryName",
+            "Root",
+            "CriuPath",
+            "SystemdCgroup",
+            "CriuImagePath",
+            "CriuWorkPath",
+        ],
+    ),
+    // Of containerd 1.7's client, for a container with ids of its own (`ctr run --uidmap`).
+    (
+        "containerd.linux.runc.CreateOptions",
+        &[
+            "NoPivotRoot",
+            "OpenTcp",
+            "ExternalUnixSockets",
+            "Terminal",
+            "FileLocks",
+            "EmptyNamespaces",
+            "CgroupsMode",
+            "NoNewKeyring",
+            "ShimCgroup",
+            "IoUid",
+            "IoGid",
+            "CriuWorkPath",
+            "CriuImagePath",
+        ],
+    ),
+];
+
+/// The fields that options of runc of this type have.
+fn of_runc(kind: &str) -> Option<&'static [&'static str]> {
+    let found = RUNCS.iter().find(|(name, _)| *name == kind);
+    found.map(|(_, fields)| *fields)
+}
 
 /// Whether these are options that husk understands, or knows to ignore.
 pub fn is_known(type_url: &str) -> bool {
-    matches!(type_url.rsplit('/').next(), Some(OURS | RUNCS))
+    let kind = type_url.rsplit('/').next().unwrap_or_default();
+    kind == OURS || of_runc(kind).is_some()
 }
 
 impl Options {
@@ -38,25 +82,23 @@ impl Options {
         let Some(any) = any.filter(|any| !(any.type_url.is_empty() && any.value.is_empty())) else {
             return Ok(Self::default());
         };
-        match any.type_url.rsplit('/').next() {
-            Some(OURS) => Ok(Self::from_bytes(&any.value)?),
-            // What clients send to whatever runtime they meet; nothing in it is meant for a VM.
-            Some(RUNCS) => {
-                // Asked of each container, and of the VM started ahead: said once.
-                static SAID: Once = Once::new();
-                let ignored = runc_options(&any.value)?;
-                if !ignored.is_empty() {
-                    SAID.call_once(|| {
-                        log::info!(
-                            "runtime options of runc are ignored: {}",
-                            ignored.join(", ")
-                        );
-                    });
-                }
-                Ok(Self::default())
-            }
-            _ => Err(OptionsError::Type(any.type_url.clone())),
+        let kind = any.type_url.rsplit('/').next().unwrap_or_default();
+        if kind == OURS {
+            return Ok(Self::from_bytes(&any.value)?);
         }
+        let unknown = || OptionsError::Type(any.type_url.clone());
+        let fields = of_runc(kind).ok_or_else(unknown)?;
+        // Nothing in it is meant for a VM.
+        let ignored = set_in(&any.value, fields)?;
+        if !ignored.is_empty() {
+            // Asked of each container, and of the VM started ahead: said once.
+            static SAID: Once = Once::new();
+            SAID.call_once(|| {
+                let ignored = ignored.join(", ");
+                log::info!("runtime options of runc are ignored: {ignored}");
+            });
+        }
+        Ok(Self::default())
     }
 
     fn from_bytes(bytes: &[u8]) -> Result<Self, protobuf::Error> {
@@ -74,26 +116,13 @@ impl Options {
     }
 }
 
-/// Names of what is set in a `containerd.runc.v1.Options`.
-fn runc_options(bytes: &[u8]) -> Result<Vec<&'static str>, protobuf::Error> {
-    const NAMES: [&str; 11] = [
-        "NoPivotRoot",
-        "NoNewKeyring",
-        "ShimCgroup",
-        "IoUid",
-        "IoGid",
-        "BinaryName",
-        "Root",
-        "CriuPath",
-        "SystemdCgroup",
-        "CriuImagePath",
-        "CriuWorkPath",
-    ];
+/// Names of the fields that a message of runc's sets.
+fn set_in(bytes: &[u8], fields: &[&'static str]) -> Result<Vec<&'static str>, protobuf::Error> {
     let mut names = Vec::new();
     let mut input = CodedInputStream::from_bytes(bytes);
     while let Some(tag) = input.read_raw_tag_or_eof()? {
         let field = usize::try_from(tag >> 3).unwrap_or(usize::MAX);
-        let name = field.checked_sub(1).and_then(|field| NAMES.get(field));
+        let name = field.checked_sub(1).and_then(|field| fields.get(field));
         names.push(*name.unwrap_or(&"others"));
         protobuf::rt::skip_field_for_tag(tag, &mut input)?;
     }
@@ -128,6 +157,7 @@ mod tests {
             None,
             Some(&any("", b"")),
             Some(&any("containerd.runc.v1.Options", b"\x08\x01")),
+            Some(&any("containerd.linux.runc.CreateOptions", b"\x50\x05")),
         ] {
             assert_eq!(Options::decode(any).unwrap(), Options::default());
         }
@@ -137,11 +167,17 @@ mod tests {
     fn what_is_ignored_of_runcs_is_named() {
         // BinaryName, SystemdCgroup, and a field of the future.
         let bytes = b"\x32\x04crun\x48\x01\xf8\x01\x01";
+        let fields = of_runc("containerd.runc.v1.Options").unwrap();
         assert_eq!(
-            runc_options(bytes).unwrap(),
+            set_in(bytes, fields).unwrap(),
             ["BinaryName", "SystemdCgroup", "others"]
         );
-        assert!(runc_options(b"\x32\x09crun").is_err());
+        assert!(set_in(b"\x32\x09crun", fields).is_err());
+        let fields = of_runc("containerd.linux.runc.CreateOptions").unwrap();
+        assert_eq!(
+            set_in(b"\x50\x05\x58\x06", fields).unwrap(),
+            ["IoUid", "IoGid"]
+        );
     }
 
     #[test]

@@ -24,11 +24,12 @@ use crate::events::Events;
 use crate::fault::Fault;
 use crate::launch::{Launch, LaunchError, Start};
 use crate::oci_init::seccomp::Filter;
+use crate::plan::{cgroup_owner, files_of_new_namespaces, user_maps};
 use crate::process::{Added, Process, Stage};
 use crate::reaper::{Reaper, Status};
-use crate::spec::namespaces::{self, Maps};
+use crate::spec::namespaces::Maps;
 use crate::spec::resources::Resources;
-use crate::spec::{self, NamespaceKind, Problem, Spec};
+use crate::spec::{self, NamespaceKind, Spec};
 use crate::streams::{Arrivals, Ends};
 use crate::sys;
 
@@ -66,61 +67,6 @@ pub struct Container {
 pub struct Joined {
     pub container: Rc<Container>,
     pub flags: i32,
-}
-
-/// The maps of the user namespace that the container gets: its own, or those of the one that it joins.
-fn user_maps(spec: &Spec, joined: &[Joined]) -> Result<Option<Maps>, Problem> {
-    let own = Maps {
-        uid: spec.linux.uid_mappings.clone(),
-        gid: spec.linux.gid_mappings.clone(),
-    };
-    if spec.makes(NamespaceKind::User) {
-        return Ok(Some(own));
-    }
-    let flag = NamespaceKind::User.flag();
-    let Some(other) = joined.iter().find(|other| other.flags & flag != 0) else {
-        return Ok(None);
-    };
-    let theirs = other.container.maps.clone().ok_or_else(|| {
-        let what = format!("container {:?} has none", other.container.id);
-        Problem::new("linux.namespaces: user", what)
-    })?;
-    if own != Maps::default() && own != theirs {
-        let what = "are not those of the namespace that is joined";
-        return Err(Problem::new("linux.uidMappings and gidMappings", what));
-    }
-    Ok(Some(theirs))
-}
-
-/// What only the agent can say of the namespaces that oci-init makes: by name of the file in /proc.
-fn files_of_new_namespaces(plan: &ContainerPlan) -> Vec<(&'static str, String)> {
-    let mut files = Vec::new();
-    if let (true, Some(maps)) = (plan.spec.makes(NamespaceKind::User), &plan.maps) {
-        files.push(("uid_map", namespaces::lines(&maps.uid)));
-        files.push(("gid_map", namespaces::lines(&maps.gid)));
-    }
-    if plan.spec.makes(NamespaceKind::Time) {
-        let offsets = namespaces::offsets(&plan.spec.linux.time_offsets);
-        files.push(("timens_offsets", offsets));
-    }
-    files
-}
-
-/// Who may make cgroups in the container: as with runc, its user, if it sees its cgroups alone and can write.
-fn cgroup_owner(spec: &Spec, maps: Option<&Maps>) -> Option<u32> {
-    let writable = spec.mounts.iter().any(|mount| {
-        mount.source == "cgroup"
-            && mount.destination.trim_end_matches('/') == "/sys/fs/cgroup"
-            && !mount.options.iter().any(|option| option == "ro")
-    });
-    if !writable || !spec.makes(NamespaceKind::Cgroup) {
-        return None;
-    }
-    let uid = spec.process.user.uid;
-    match maps {
-        Some(maps) => namespaces::outside(&maps.uid, uid),
-        None => Some(uid),
-    }
 }
 
 /// One line for all that was asked for in vain.
@@ -306,6 +252,15 @@ impl Container {
         added.ok_or_else(|| {
             Fault::NotFound(format!("process {exec_id:?} in container {:?}", self.id))
         })
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Of its user namespace, if that is not the guest's.
+    pub fn maps(&self) -> Option<&Maps> {
+        self.maps.as_ref()
     }
 
     pub fn pid(&self) -> u32 {

@@ -25,6 +25,7 @@ pub mod identity;
 pub mod kmsg;
 pub mod launch;
 pub mod oci_init;
+pub mod plan;
 pub mod pod;
 pub mod process;
 pub mod reaper;

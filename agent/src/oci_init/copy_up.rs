@@ -16,21 +16,20 @@ use rustix::fs::{
 
 /// Copies what is in the directory `from` into the empty directory `to`, which nobody else can reach yet.
 pub(super) fn copy_up(from: BorrowedFd, to: BorrowedFd) -> io::Result<()> {
-    let mut pending = vec![(directory(from, c".")?, directory(to, c".")?)];
-    while let Some((from, to)) = pending.pop() {
-        for entry in Dir::read_from(&from)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if matches!(name.to_bytes(), b"." | b"..") {
-                continue;
-            }
-            let stat = statat(&from, name, AtFlags::SYMLINK_NOFOLLOW)?;
-            let kind = FileType::from_raw_mode(stat.st_mode);
-            one(&from, &to, name, kind, &stat)?;
-            if kind == FileType::Directory {
-                let below = (directory_at(&from, name)?, directory_at(&to, name)?);
-                pending.push(below);
-            }
+    let (from, to) = (directory(from, c".")?, directory(to, c".")?);
+    for entry in Dir::read_from(&from)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let stat = statat(&from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        one(&from, &to, name, kind, &stat)?;
+        if kind == FileType::Directory {
+            // One after the other: a directory may hold more of them than descriptors may be open.
+            let (from, to) = (from.as_fd(), to.as_fd());
+            copy_up(directory(from, name)?.as_fd(), directory(to, name)?.as_fd())?;
         }
     }
     Ok(())
@@ -62,10 +61,6 @@ fn one(from: &OwnedFd, to: &OwnedFd, name: &CStr, kind: FileType, stat: &Stat) -
         )?;
     }
     Ok(())
-}
-
-fn directory_at(parent: &OwnedFd, name: &CStr) -> io::Result<OwnedFd> {
-    directory(parent.as_fd(), name)
 }
 
 fn directory(parent: BorrowedFd, name: &CStr) -> io::Result<OwnedFd> {

@@ -80,13 +80,12 @@ pub(super) fn mount(
         self::bind(root, index, mount, &destination, &options)?
     } else {
         let made = match prepared {
-            Some(tree) => target_of(root, mount, &destination, &mut options)
-                .map(|target| (tree, target))
-                .map_err(|failure| failure.at(at)),
-            None => filesystem(root, mount, &destination, &mut options, cgroups)
-                .map_err(|failure| failure.at(at)),
+            Some(tree) => {
+                target_of(root, mount, &destination, &mut options).map(|target| (tree, target))
+            }
+            None => filesystem(root, mount, &destination, &mut options, cgroups),
         };
-        made?
+        made.map_err(|failure| failure.at(at))?
     };
     check_proc(&target, &destination, &mount.kind).request(at)?;
     if options.copy_up && mount.kind == "tmpfs" {
@@ -247,8 +246,7 @@ fn of_options(mount: &Mount, options: &Options) -> Result<OwnedFd, Failure> {
     // Version 1 is a thing of the past: no guest has it.
     let (kind, none) = match mount.kind.as_str() {
         "" => return Err(Failure::request("the type is missing")),
-        "cgroup" => ("cgroup2", true),
-        "cgroup2" => ("cgroup2", true),
+        "cgroup" | "cgroup2" => ("cgroup2", true),
         kind => (kind, false),
     };
     let read_only = options.attributes.is_read_only().then(|| "ro".to_string());

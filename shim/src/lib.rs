@@ -20,7 +20,7 @@
 //!           hooks, hook_times            what of the specification runs on the host
 //!           host_program                 as a process
 //!           events                       what containerd is told
-//! delete  cleanup, record              removes whatever a lost shim left behind
+//! delete  cleanup, record, pod_record  removes whatever a lost shim left behind
 //! build-template  templates            makes the template that a cold start has missed
 //! ```
 
@@ -54,6 +54,7 @@ pub mod mount;
 pub mod namespaces;
 pub mod options;
 pub mod pod;
+pub mod pod_record;
 pub mod process;
 pub mod ration;
 pub mod ready;

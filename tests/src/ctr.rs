@@ -12,7 +12,10 @@ use crate::command::{self, Outcome, PATIENCE, Running, eventually};
 /// The image the lab imports before the tests begin.
 pub const IMAGE: &str = "docker.io/library/husk-demo:latest";
 
-/// Shows a container the tests' helper, which is static, so that it runs in any image.
+/// The tests' helper, which is static, so that it runs in any root.
+pub const PROBE: &str = "/usr/local/lib/husk-tests/husk-probe";
+
+/// Shows it to a container.
 pub const PROBE_MOUNT: &str =
     "type=bind,src=/usr/local/lib/husk-tests/husk-probe,dst=/probe,options=rbind:ro";
 

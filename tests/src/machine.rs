@@ -42,7 +42,7 @@ use ttrpc::{
     context,
 };
 
-use crate::{command::eventually, cpio};
+use crate::{command::eventually, cpio, ctr::PROBE};
 
 /// Where `make install` puts them in the lab.
 pub const VMM: &str = "/usr/local/lib/husk/husk-vmm";
@@ -466,7 +466,7 @@ pub fn probe_initrd() -> PathBuf {
     static WRITTEN: Once = Once::new();
     let path = PathBuf::from("/var/tmp/probe-initrd.img");
     WRITTEN.call_once(|| {
-        let probe = std::fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
+        let probe = std::fs::read(PROBE).expect("read the probe");
         let file = File::create(&path).expect("create the initrd");
         cpio::write_init(file, &probe).expect("write the initrd");
     });

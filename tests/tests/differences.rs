@@ -10,11 +10,8 @@ use std::{
 
 use husk_tests::{
     command,
-    ctr::{Container, PROBE_MOUNT, Run, Runtime, ctr, fresh_id},
+    ctr::{Container, PROBE, PROBE_MOUNT, Run, Runtime, ctr, fresh_id},
 };
-
-/// Where the lab installs it; static, so that it runs in any image.
-const PROBE: &str = "/usr/local/lib/husk-tests/husk-probe";
 
 /// A directory of the host, gone with this value.
 struct Volume(PathBuf);

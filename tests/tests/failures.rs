@@ -12,7 +12,7 @@ use husk_tests::{
     census::Census,
     command::{self, Outcome},
     cpio,
-    ctr::{Container, Run, Runtime},
+    ctr::{Container, PROBE, Run, Runtime},
     settings::{COLD, Settings},
 };
 
@@ -281,7 +281,7 @@ fn a_guest_that_panics_at_boot() {
 #[test]
 fn an_agent_that_never_answers() {
     let initrd = "/var/tmp/silent-initrd.img";
-    let probe = fs::read("/usr/local/lib/husk-tests/husk-probe").expect("read the probe");
+    let probe = fs::read(PROBE).expect("read the probe");
     let file = File::options()
         .write(true)
         .create(true)

@@ -4,11 +4,8 @@ use std::{collections::BTreeSet, fs, os::unix::fs::symlink, path::Path, process:
 
 use husk_tests::{
     command,
-    ctr::{Container, Run, Runtime},
+    ctr::{Container, PROBE, Run, Runtime},
 };
-
-/// Where the lab installs it; static, so that it runs in any image.
-const PROBE: &str = "/usr/local/lib/husk-tests/husk-probe";
 
 /// A directory that the container must not see: a bait for symlinks.
 const OUTSIDE: &str = "/etc/hostname-of-the-host";

@@ -14,12 +14,11 @@ use std::{
 
 use husk_tests::{
     command::{self, PATIENCE, eventually},
-    ctr::{Runtime, ctr, fresh_id},
+    ctr::{PROBE, Runtime, ctr, fresh_id},
     terminal::Terminal,
 };
 use serde_json::{Value, json};
 
-const PROBE: &str = "/usr/local/lib/husk-tests/husk-probe";
 const RUNC: &str = "/opt/runc-1.3/usr/sbin/runc";
 /// The rows that a table may name.
 const DIFFERENCES: &str = include_str!("../../../docs/differences.md");

@@ -12,6 +12,7 @@
 //!   comes of it.
 //! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
 //!   [`Steady`](husk_tests::steady::Steady).
+//! * `husk-probe bomb`: makes children, each of which does the same, until it is killed.
 //! * `husk-probe self [PATH...]`: prints all that it can see of itself, of its container and of these paths, see `look`.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
 //!   as `hostile` has it, or never answers anybody.
@@ -102,6 +103,7 @@ fn run() -> Result<()> {
         [verb] if verb == "cpuid" => cpuid(),
         [verb] if verb == "streams" => streams(),
         [verb, file] if verb == "steady" => steady::run(Path::new(file)),
+        [verb] if verb == "bomb" => bomb(),
         [verb, paths @ ..] if verb == "self" => {
             let paths: Vec<_> = paths
                 .iter()
@@ -111,7 +113,7 @@ fn run() -> Result<()> {
         }
         _ => bail!(
             "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
-             steady FILE | self [PATH...]"
+             steady FILE | bomb | self [PATH...]"
         ),
     }
 }
@@ -160,6 +162,14 @@ fn streams() -> Result<()> {
         println!("{cid}: {outcome}");
     }
     Ok(())
+}
+
+/// Goes on where no child can be made: a shell would end there, and its bomb with it.
+fn bomb() -> Result<()> {
+    loop {
+        // SAFETY: nothing but this loop runs in the child, and this process has no other thread.
+        let _ = unsafe { libc::fork() };
+    }
 }
 
 fn lock(path: &Path) -> Result<()> {

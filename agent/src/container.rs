@@ -364,6 +364,7 @@ impl Container {
             others: &[init.pidfd.as_fd()],
         };
         let plan = ProcessPlan {
+            container: self.id.clone(),
             process: added.process,
             namespaces: self.spec.namespace_flags(),
             maps: self.maps.clone(),

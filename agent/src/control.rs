@@ -56,6 +56,8 @@ pub struct ContainerPlan {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ProcessPlan {
+    /// Its id.
+    pub container: String,
     pub process: Process,
     /// `CLONE_NEW…` of the namespaces to join.
     pub namespaces: i32,

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::{
     command::{self, Outcome},
-    ctr::{IMAGE, Runtime, ctr, fresh_id},
+    ctr::{Container, IMAGE, Runtime, ctr, fresh_id},
 };
 
 /// A root filesystem and a config.json to be changed; gone with this value.
@@ -54,6 +54,17 @@ impl Bundle {
         let mut command = ctr(&["run", "--runtime", runtime.name(), "--config"]);
         command.arg(config).args(flags).arg(id);
         command
+    }
+
+    /// `ctr run -d --null-io --config …`
+    #[track_caller]
+    pub fn detached(&self, runtime: Runtime) -> Container {
+        let container = Container {
+            id: fresh_id("spec"),
+        };
+        let mut command = self.command(&["-d", "--null-io"], runtime, &container.id);
+        command::run(&mut command, b"").ok();
+        container
     }
 
     /// The same under husk as under runc: what it says, and its status.

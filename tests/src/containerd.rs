@@ -21,6 +21,8 @@ use serde::{Deserialize, Serialize};
 use crate::command::eventually;
 
 pub const SOCKET: &str = "/run/containerd/containerd.sock";
+/// Where the directories of tasks are, of the namespace that `ctr` uses.
+pub const TASKS: &str = "/run/containerd/io.containerd.runtime.v2.task/default";
 /// Of every start, one after another.
 pub const LOG: &str = "/results/containerd.log";
 /// containerd and what shims leave in it, as under systemd.

@@ -1,10 +1,15 @@
 //! The containerd that the lab was asked for, and that it can be taken away and changed under what runs.
 
+use std::fs;
+
 use husk_tests::{
+    census::Census,
     command,
     containerd::{self, Restored, Version},
-    ctr::{Run, Runtime, ctr},
+    ctr::{Container, Run, Runtime, ctr},
+    settings::Settings,
 };
+use serde_json::{Value, json};
 
 /// The lab's runner names it in the environment; without, anything could be taken for it.
 fn asked_for() -> Version {
@@ -51,4 +56,34 @@ fn it_is_killed_and_upgraded_and_comes_back() {
     }
     drop(restored);
     assert_all_are(asked_for());
+}
+
+/// The third version of the task service is what containerd 2 has; 1.7 says that it has not.
+#[test]
+fn the_third_task_service_is_spoken_where_that_is_configured() {
+    Run::husk(&["true"]).go().ok();
+    let before = Census::take();
+    let settings = Settings::write("task_api = 3\n");
+    match asked_for() {
+        Version::V2_1 => {
+            let pod = Container::idle(Runtime::Husk);
+            let path = format!("{}/{}/bootstrap.json", containerd::TASKS, pod.id);
+            let answer = fs::read_to_string(path).expect("read what the shim has answered");
+            let answer: Value = serde_json::from_str(&answer).expect("JSON");
+            assert_eq!(answer["version"], json!(3));
+            assert_eq!(pod.exec(&["sh", "-c", "exit 9"]).code(), 9);
+            pod.task("pause", &[]).ok();
+            pod.task("resume", &[]).ok();
+            pod.task("kill", &["-s", "KILL"]).ok();
+            pod.wait_stopped();
+            pod.remove();
+        }
+        Version::V1_7 => {
+            let outcome = Run::husk(&["true"]).go();
+            assert_ne!(outcome.code(), 0);
+            assert!(outcome.err().contains("version"), "{outcome:?}");
+        }
+    }
+    drop(settings);
+    before.assert_restored();
 }

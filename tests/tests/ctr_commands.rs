@@ -260,6 +260,25 @@ fn a_task_is_started_looked_at_and_deleted_by_its_commands() {
     assert_eq!(seen.2, told);
 }
 
+/// Its streams are the ones that it was started with, whoever comes.
+#[test]
+fn a_task_that_runs_is_attached_to() {
+    let seen = assert_alike(|runtime| {
+        let id = fresh_id("attached");
+        let script = "echo early; read line; echo got $line; echo lost >&2; exit 7";
+        let run = ["run", "-d", "--runtime", runtime.name(), IMAGE, &id];
+        let mut run = ctr(&run);
+        let container = Container { id };
+        command::run(run.args(["sh", "-c", script]), b"").ok();
+        let outcome = command::run(&mut ctr(&["task", "attach", &container.id]), b"word\n");
+        container.wait_stopped();
+        container.remove();
+        (outcome.out(), outcome.err(), outcome.code())
+    });
+    assert_eq!(seen.0, "early\ngot word\n");
+    assert_eq!(seen.2, 7);
+}
+
 #[test]
 fn processes_and_metrics_are_shown() {
     let metrics = assert_alike(|runtime| {

@@ -159,10 +159,25 @@ fn cpu(cpu: &Cpu, list: &mut Vec<Setting>) {
     }
 }
 
-/// 2 to 262144 of cgroup v1 onto 1 to 10000, linearly.
+/// 2 to 262144 of cgroup v1 onto 1 to 10000, with v1's default, 1024, at v2's, 100: the curve through these three that
+/// runc has from 1.3.2 on, and crun.
 fn weight(shares: u64) -> u64 {
-    let shares = shares.clamp(2, 262_144);
-    1 + (shares - 2) * 9_999 / 262_142
+    match shares {
+        0..=2 => 1,
+        3..262_144 => {
+            #[allow(clippy::cast_precision_loss, reason = "below 2^18")]
+            let l = (shares as f64).log2();
+            let exponent = (l * l + 125.0 * l) / 612.0 - 7.0 / 34.0;
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "between 1 and 10000"
+            )]
+            let weight = 10_f64.powf(exponent).ceil() as u64;
+            weight
+        }
+        _ => 10_000,
+    }
 }
 
 fn bytes(value: i64) -> String {
@@ -227,7 +242,10 @@ mod tests {
     fn cpu_as_runc_converts_it() {
         for (json, file, value) in [
             (r#"{"cpu":{"shares":2}}"#, "cpu.weight", "1"),
-            (r#"{"cpu":{"shares":1024}}"#, "cpu.weight", "39"),
+            (r#"{"cpu":{"shares":3}}"#, "cpu.weight", "2"),
+            (r#"{"cpu":{"shares":512}}"#, "cpu.weight", "59"),
+            (r#"{"cpu":{"shares":1024}}"#, "cpu.weight", "100"),
+            (r#"{"cpu":{"shares":262143}}"#, "cpu.weight", "10000"),
             (r#"{"cpu":{"shares":262144}}"#, "cpu.weight", "10000"),
             (
                 r#"{"cpu":{"shares":18446744073709551615}}"#,

@@ -12,6 +12,7 @@ mod failure;
 mod find;
 mod hooks;
 mod inside;
+mod keyring;
 mod mount_options;
 mod mounts;
 mod namespaces;
@@ -90,6 +91,7 @@ fn container(
     if !spec.is_born_into_namespaces() {
         namespaces::enter(helper, plan)?;
     }
+    keyring::make(id, spec.has(NamespaceKind::User))?;
     rustix::process::setsid().guest(|| "make a session".into())?;
     if spec.makes(NamespaceKind::Cgroup) {
         // From inside the cgroup, so that it becomes the namespace's root.
@@ -142,6 +144,7 @@ fn process(helper: &mut Helper, plan: &ProcessPlan) -> Result<std::convert::Infa
     scheduling::pin("initial", &affinity.initial)?;
     score_oom(&plan.process)?;
     namespaces::follow(helper, plan)?;
+    keyring::join(&plan.container)?;
     scheduling::pin("final", &affinity.last)?;
     rustix::process::setsid().guest(|| "make a session".into())?;
     if plan.process.terminal {

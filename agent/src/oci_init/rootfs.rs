@@ -139,7 +139,11 @@ fn mask(spec: &Spec, root: &Root) -> Result<(), Failure> {
         }
         let tree = match &empty {
             Some(first) => mounts::clone_of(first.as_fd(), false).guest(at)?,
-            None => mounts::new("tmpfs", "tmpfs", &["ro".into()])?,
+            None => {
+                // Room for its root and nothing else, as runc has it.
+                let options = ["ro", "nr_blocks=1", "nr_inodes=1"].map(String::from);
+                mounts::new("tmpfs", "tmpfs", &options)?
+            }
         };
         mount_setattr(tree.as_fd(), false, &READ_ONLY).guest(at)?;
         mounts::attach(tree.as_fd(), target.as_fd()).request(at)?;

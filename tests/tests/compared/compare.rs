@@ -14,7 +14,7 @@ use std::{
 
 use husk_tests::{
     command::{self, PATIENCE, eventually},
-    ctr::{PROBE, Runtime, ctr, fresh_id},
+    ctr::{Container, PROBE, Runtime, ctr, fresh_id},
     terminal::Terminal,
 };
 use serde_json::{Value, json};
@@ -30,9 +30,9 @@ pub type Case = (&'static str, fn(&mut Value));
 
 /// A difference that is known.
 pub struct Known {
-    /// The case; a last `*` stands for any rest.
+    /// The case; one `*` stands for anything.
     pub case: &'static str,
-    /// The line's key; a last `*` stands for any rest.
+    /// The line's key; one `*` stands for anything.
     pub key: &'static str,
     /// How the row of docs/differences.md begins.
     pub row: &'static str,
@@ -68,19 +68,16 @@ const EVERYWHERE: &[Known] = &[
     known("*", "status Cpus_allowed_list", PROCESSORS),
     known("*", "mount / source", ROOT),
     known("*", "mount / type", ROOT),
-    known("*", "mount /sys type", "`/sys`"),
-    known("*", "mount /sys/firmware type", "the tmpfs"),
     known("*", "rlimit Max pending signals", LIMITS),
     known("*", "rlimit Max processes", LIMITS),
     known("*", "sysctl user/max_user_namespaces", LIMITS),
     known("*", "self/oom_score_adj", "`oom_score_adj`"),
     known("*", "status SigIgn", "signals"),
-    known("*", "session keyring", "session keyring"),
 ];
 const KERNEL: &str = "what the guest's kernel is not";
 const PROCESSORS: &str = "memory and processors";
-const ROOT: &str = "the source of `/`";
-const LIMITS: &str = "limits that";
+pub const ROOT: &str = "the source of `/`";
+pub const LIMITS: &str = "limits that";
 
 type Lines = BTreeMap<String, String>;
 
@@ -90,10 +87,23 @@ struct Seen {
     exec: Lines,
 }
 
+/// Compares containers that join a pod: for these, no shim and no VM is started.
+///
 /// # Panics
 /// With every line that differs and is not known, and with every entry of `table` that no line has needed.
 #[track_caller]
 pub fn compare(cases: &[Case], table: &[Known]) {
+    compare_in(|runtime| Some(Container::idle(runtime)), cases, table);
+}
+
+/// The same of containers that are their pods' first ones.
+#[track_caller]
+pub fn compare_first(cases: &[Case], table: &[Known]) {
+    compare_in(|_| None, cases, table);
+}
+
+#[track_caller]
+fn compare_in(pod: impl Fn(Runtime) -> Option<Container> + Sync, cases: &[Case], table: &[Known]) {
     let began = Instant::now();
     // For people: only cases whose names contain it; the table is not judged then.
     let chosen = std::env::var("HUSK_SPEC").ok();
@@ -102,7 +112,11 @@ pub fn compare(cases: &[Case], table: &[Known]) {
         .filter(|(name, _)| chosen.as_ref().is_none_or(|chosen| name.contains(chosen)))
         .collect();
     let (runc, husk) = thread::scope(|scope| {
-        let look = |runtime| cases.iter().map(|case| see(runtime, case)).collect();
+        let look = |runtime| {
+            let pod = pod(runtime);
+            let see = |case: &&Case| see(runtime, pod.as_ref(), case);
+            cases.iter().map(see).collect()
+        };
         let runc = scope.spawn(move || look(Runtime::Runc));
         let husk: Vec<Seen> = look(Runtime::Husk);
         let runc: Vec<Seen> = runc.join().expect("runc's side");
@@ -165,8 +179,10 @@ pub fn compare(cases: &[Case], table: &[Known]) {
 
 impl Known {
     fn covers(&self, case: &str, key: &str) -> bool {
-        let fits = |pattern: &str, text: &str| match pattern.strip_suffix('*') {
-            Some(start) => text.starts_with(start),
+        let fits = |pattern: &str, text: &str| match pattern.split_once('*') {
+            Some((start, end)) => text
+                .strip_prefix(start)
+                .is_some_and(|rest| rest.ends_with(end)),
             None => text == pattern,
         };
         fits(self.key, key) && fits(self.case, case)
@@ -277,7 +293,8 @@ pub fn make_sources() {
     }
 }
 
-fn see(runtime: Runtime, (name, edit): &Case) -> Seen {
+/// What `runtime` makes of the case, in this pod or in one of its own.
+fn see(runtime: Runtime, pod: Option<&Container>, (name, edit): &Case) -> Seen {
     let id = fresh_id(match runtime {
         Runtime::Husk => "spec-husk",
         Runtime::Runc => "spec-runc",
@@ -285,6 +302,9 @@ fn see(runtime: Runtime, (name, edit): &Case) -> Seen {
     let bundle = Bundle::new(&id);
     let mut spec = base(&id, &bundle.root());
     edit(&mut spec);
+    if let Some(pod) = pod {
+        spec["annotations"]["io.kubernetes.cri.sandbox-id"] = json!(pod.id);
+    }
     fs::write(bundle.config(), spec.to_string()).expect("write config.json");
     let terminal = spec["process"]["terminal"] == json!(true);
     let began = Instant::now();
@@ -318,9 +338,9 @@ fn see(runtime: Runtime, (name, edit): &Case) -> Seen {
 
 /// Ids are the only thing in which the two specifications differ.
 fn lines(text: &str, id: &str) -> Lines {
-    text.replace("\r\n", "\n")
-        .replace(id, "ID")
+    text.replace(id, "ID")
         // runc's root is a directory of the lab's tmpfs.
+        .replace("/ID/root/", "/")
         .replace("/ID/root", "/")
         // Of tmpfs in a kernel that is built so.
         .replace(",inode64", "")
@@ -402,7 +422,8 @@ impl Init {
     fn text(&self) -> String {
         match self {
             Init::Piped { stdout, .. } => text(stdout),
-            Init::Terminal(terminal) => terminal.text().replace("\r\n", "\n"),
+            // ctr's own terminal adds carriage returns, too.
+            Init::Terminal(terminal) => terminal.text().replace('\r', ""),
         }
     }
 
@@ -441,7 +462,10 @@ impl Init {
             Init::Terminal(terminal) => {
                 terminal.type_in("\n");
                 let status = eventually(Instant::now() + PATIENCE / 4, || terminal.status());
-                (status, terminal.text())
+                // Not the whole report again.
+                let text = terminal.text();
+                let last = text.lines().next_back().unwrap_or_default();
+                (status, last.to_owned())
             }
         };
         // What a refused start has left, or one that hangs.

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::compare::{Case, Known, compare, look_at, make_sources, mount, push};
+use crate::compare::{Case, Known, ROOT, compare, known, look_at, make_sources, mount, push};
 
 fn bind(spec: &mut Value, source: &str, destination: &str, options: &[&str]) {
     let source = format!("/var/tmp/spec-sources/{source}");
@@ -26,7 +26,7 @@ fn without(spec: &mut Value, destination: &str) {
 }
 
 #[test]
-#[ignore = "what differs is not in its table yet"]
+#[ignore = "long: make test-long"]
 fn file_systems_are_runcs() {
     const CASES: &[Case] = &[
         ("tmpfs with options", |s| {
@@ -124,12 +124,19 @@ fn file_systems_are_runcs() {
             mount(s, "/mnt", "tmpfs", "tmpfs", &["nonsense"])
         }),
     ];
-    const KNOWN: &[Known] = &[];
+    const NODES: &str = "device nodes that are bound";
+    const KNOWN: &[Known] = &[
+        known("no dev", "mount /dev/*", NODES),
+        known("no dev", "mount /proc/keys *", NODES),
+        known("no dev", "mount /proc/timer_list *", NODES),
+        known("no dev", "mknod *", "device nodes in the root"),
+        known("proc with options", "start", "`proc` with `subset=pid`"),
+    ];
     compare(CASES, KNOWN);
 }
 
 #[test]
-#[ignore = "what differs is not in its table yet"]
+#[ignore = "long: make test-long"]
 fn binds_and_roots_are_runcs() {
     const CASES: &[Case] = &[
         ("a directory", |s| bind(s, "directory", "/mnt", &["bind"])),
@@ -241,7 +248,29 @@ fn binds_and_roots_are_runcs() {
             }
         }),
     ];
-    const KNOWN: &[Known] = &[];
+    const KNOWN: &[Known] = &[
+        known("*", "mount /mnt* root", ROOT),
+        known("*", "mount /mnt* source", ROOT),
+        known("*", "mount /mnt* type", ROOT),
+        known("*", "mount /new/* root", ROOT),
+        known("*", "mount /new/* source", ROOT),
+        known("*", "mount /new/* type", ROOT),
+        known("a bind below dev", "mount /dev/husk root", ROOT),
+        known("a bind below dev", "mount /dev/husk source", ROOT),
+        known("a bind below dev", "mount /dev/husk type", ROOT),
+        known("a file over a link", "mount /opt/full root", ROOT),
+        known("a file over a link", "mount /opt/full source", ROOT),
+        known("a file over a link", "mount /opt/full type", ROOT),
+        known("more read-only", "mount * source", ROOT),
+        known("more read-only", "mount * type", ROOT),
+        known("a mapped bind", "mount /mnt options", "`idmap`"),
+        known(
+            "a bind by its type alone",
+            "start",
+            "a mount of type `bind`",
+        ),
+        known("a mount label", "start", "`process.apparmorProfile`"),
+    ];
     make_sources();
     compare(CASES, KNOWN);
 }

@@ -21,7 +21,7 @@ fn where_arguments(spec: &mut Value, arguments: Value) {
 }
 
 #[test]
-#[ignore = "what differs is not in its table yet"]
+#[ignore = "long: make test-long"]
 fn seccomp_filters_are_runcs() {
     const CASES: &[Case] = &[
         ("errno", |s| {

@@ -134,9 +134,7 @@ fn flags(report: &mut Report) {
     let described = match call(libc::SYS_keyctl, [6, session, place, name.len(), 0, 0]) {
         Ok(length) => {
             let length = usize::try_from(length).unwrap_or(0).saturating_sub(1);
-            let text = String::from_utf8_lossy(name.get(..length).unwrap_or_default()).into_owned();
-            // Its name ends in the container's id.
-            text.split("_ses.").next().unwrap_or_default().to_owned()
+            String::from_utf8_lossy(name.get(..length).unwrap_or_default()).into_owned()
         }
         Err(error) => said(&error),
     };

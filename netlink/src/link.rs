@@ -1,0 +1,113 @@
+//! Network interfaces (`RTM_*LINK`).
+
+use crate::{
+    message::{self, Attributes, Request},
+    socket::{Refusal, Socket},
+};
+
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_AF_SPEC: u16 = 26;
+const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
+const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
+
+/// An interface that is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    /// `ARPHRD_*`.
+    pub hardware: u16,
+    /// `IFF_*`.
+    pub flags: u32,
+    pub mtu: u32,
+    pub mac: Vec<u8>,
+    /// As in `ip link add type`; empty for hardware.
+    pub kind: String,
+}
+
+impl Link {
+    pub fn is(&self, flag: i32) -> bool {
+        self.flags & (flag as u32) != 0
+    }
+}
+
+/// What is to become of an interface; `None` leaves it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LinkChange<'a> {
+    pub name: Option<&'a str>,
+    pub mac: Option<&'a [u8]>,
+    pub mtu: Option<u32>,
+    pub up: Option<bool>,
+    /// No IPv6 address of its own making.
+    pub no_link_local: bool,
+}
+
+/// `struct ifinfomsg`.
+fn head(index: u32, flags: u32, change: u32) -> [u8; 16] {
+    let mut fields = [0; 16];
+    fields[4..8].copy_from_slice(&index.to_ne_bytes());
+    fields[8..12].copy_from_slice(&flags.to_ne_bytes());
+    fields[12..16].copy_from_slice(&change.to_ne_bytes());
+    fields
+}
+
+pub fn links(socket: &mut Socket) -> Result<Vec<Link>, Refusal> {
+    let found = socket.list(|| Request::new(libc::RTM_GETLINK, 0).fixed(&head(0, 0, 0)))?;
+    Ok(found.iter().filter_map(|(_, body)| parse(body)).collect())
+}
+
+pub fn change(socket: &mut Socket, index: u32, change: LinkChange<'_>) -> Result<(), Refusal> {
+    let up = libc::IFF_UP as u32;
+    let (flags, mask) = match change.up {
+        Some(true) => (up, up),
+        Some(false) => (0, up),
+        None => (0, 0),
+    };
+    let mut request = Request::new(libc::RTM_NEWLINK, 0).fixed(&head(index, flags, mask));
+    if let Some(name) = change.name {
+        request = request.string(IFLA_IFNAME, name);
+    }
+    if let Some(mac) = change.mac {
+        request = request.attribute(IFLA_ADDRESS, mac);
+    }
+    if let Some(mtu) = change.mtu {
+        request = request.u32(IFLA_MTU, mtu);
+    }
+    if change.no_link_local {
+        request = request.nested(IFLA_AF_SPEC, |families| {
+            families.nested(libc::AF_INET6 as u16, |inet6| {
+                inet6.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
+            })
+        });
+    }
+    socket.ask(request)
+}
+
+fn parse(body: &[u8]) -> Option<Link> {
+    let mut link = Link {
+        hardware: message::u16(body.get(2..)?)?,
+        index: message::u32(body.get(4..)?)?,
+        flags: message::u32(body.get(8..)?)?,
+        ..Link::default()
+    };
+    for (kind, value) in Attributes(body.get(16..)?) {
+        match kind {
+            IFLA_ADDRESS => link.mac = value.to_vec(),
+            IFLA_IFNAME => link.name = message::string(value),
+            IFLA_MTU => link.mtu = message::u32(value)?,
+            IFLA_LINKINFO => {
+                let mut info = Attributes(value);
+                let kind = info.find(|(kind, _)| *kind == IFLA_INFO_KIND);
+                link.kind = kind
+                    .map(|(_, value)| message::string(value))
+                    .unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}

@@ -24,6 +24,7 @@ pub mod grow;
 pub mod identity;
 pub mod kmsg;
 pub mod launch;
+pub mod network;
 pub mod oci_init;
 pub mod plan;
 pub mod pod;

@@ -8,14 +8,16 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 
-use husk_proto::agent::Stdio;
-use tokio::sync::{mpsc, oneshot};
+use husk_proto::agent::{SetNetworkRequest, Stdio};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::spawn_local;
 
 use crate::container::{Container, Ground, Joined};
 use crate::fault::Fault;
 use crate::grow::{self, Size};
+use crate::network::Network;
 use crate::rehearsal;
 use crate::spec::{self, Spec};
 
@@ -25,6 +27,8 @@ pub struct Pod {
     prepare: fn() -> io::Result<()>,
     prepared: Cell<bool>,
     containers: RefCell<HashMap<String, Slot>>,
+    /// One request at a time has it.
+    network: Arc<Mutex<Network>>,
 }
 
 enum Slot {
@@ -68,6 +72,7 @@ impl Pod {
             prepare,
             prepared: Cell::new(false),
             containers: RefCell::default(),
+            network: Arc::default(),
         });
         let (door, mut requests) = mpsc::unbounded_channel::<Work>();
         spawn_local(async move {
@@ -149,6 +154,16 @@ impl Pod {
         growing
             .await
             .map_err(|error| Fault::Broken(format!("grow: {error}")))?
+    }
+
+    /// Makes the pod's network what is said.
+    pub async fn set_network(&self, request: SetNetworkRequest) -> Result<(), Fault> {
+        self.be_prepared()?;
+        let mut network = Arc::clone(&self.network).lock_owned().await;
+        let setting = tokio::task::spawn_blocking(move || network.set(&request));
+        setting
+            .await
+            .map_err(|error| Fault::Broken(format!("set the network: {error}")))?
     }
 
     /// Does ahead what every container of every clone of this guest needs. Nobody hears of it. With

@@ -66,6 +66,17 @@ impl Agent for Service {
         Ok(SetClockResponse::default())
     }
 
+    async fn set_network(
+        &self,
+        _: &TtrpcContext,
+        request: SetNetworkRequest,
+    ) -> Answer<SetNetworkResponse> {
+        self.door
+            .ask(move |pod| async move { pod.set_network(request).await })
+            .await?;
+        Ok(SetNetworkResponse::default())
+    }
+
     async fn events(
         &self,
         _: &TtrpcContext,

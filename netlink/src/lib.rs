@@ -8,12 +8,15 @@ pub mod address;
 pub mod link;
 pub mod message;
 pub mod neighbour;
+pub mod news;
 pub mod route;
+pub mod rule;
 pub mod socket;
 
 pub use address::Address;
 pub use link::{Link, LinkChange};
 pub use neighbour::Neighbour;
+pub use news::News;
 pub use route::Route;
 pub use socket::{Refusal, Socket};
 

@@ -13,7 +13,7 @@ use crate::message::{self, Attributes, HEADER, Request};
 /// For the kernel to answer: it does so at once, but for whoever holds its lock.
 const LIMIT: Duration = Duration::from_secs(10);
 /// More than any message of the kernel's has (`NLMSG_GOODSIZE`, and what it gives who reads with so much room).
-const ROOM: usize = 64 << 10;
+pub(crate) const ROOM: usize = 64 << 10;
 /// A list that changes while it is read is read again so many times.
 const ATTEMPTS: usize = 8;
 
@@ -49,56 +49,16 @@ pub struct Socket {
 impl Socket {
     /// In this thread's network namespace.
     pub fn open() -> io::Result<Self> {
-        // SAFETY: socket(2) takes numbers only.
-        let fd = check(unsafe {
-            libc::socket(
-                libc::AF_NETLINK,
-                libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-                libc::NETLINK_ROUTE,
-            )
-        })?;
-        // SAFETY: the kernel just made it for us.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let fd = open(0)?;
         let limit = libc::timeval {
             tv_sec: LIMIT.as_secs() as libc::time_t,
             tv_usec: 0,
         };
-        let socket = Self { fd, sequence: 0 };
-        socket.option(libc::SOL_SOCKET, libc::SO_RCVTIMEO, &limit)?;
+        option(&fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, &limit)?;
         // Words with an errno; and lists of what was asked for alone.
-        socket.option(libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, &1i32)?;
-        socket.option(libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, &1i32)?;
-        Ok(socket)
-    }
-
-    /// One that hears of changes too: `group` is `RTNLGRP_*`.
-    pub fn listen(group: u32) -> io::Result<Self> {
-        let socket = Self::open()?;
-        socket.option(
-            libc::SOL_NETLINK,
-            libc::NETLINK_ADD_MEMBERSHIP,
-            &(group as i32),
-        )?;
-        Ok(socket)
-    }
-
-    /// Waits for news of the group; whether there were any in time. What they are is for a list to say.
-    pub fn hear(&self, limit: Duration) -> io::Result<bool> {
-        let mut poll = libc::pollfd {
-            fd: self.fd.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
-        let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
-        // SAFETY: `poll` is one pollfd.
-        if check(unsafe { libc::poll(&raw mut poll, 1, limit) })? == 0 {
-            return Ok(false);
-        }
-        match self.receive(&mut vec![0; ROOM]) {
-            // Some were lost, which is news too.
-            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => Ok(true),
-            heard => heard.map(|_| true),
-        }
+        option(&fd, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, &1i32)?;
+        option(&fd, libc::SOL_NETLINK, libc::NETLINK_GET_STRICT_CHK, &1i32)?;
+        Ok(Self { fd, sequence: 0 })
     }
 
     /// Has the kernel do something.
@@ -146,7 +106,13 @@ impl Socket {
         let mut room = vec![0; ROOM];
         let mut whole = true;
         loop {
-            let length = self.receive(&mut room)?;
+            let length = receive(&self.fd, &mut room).map_err(|e| match e.kind() {
+                io::ErrorKind::WouldBlock => {
+                    let message = format!("the kernel did not answer within {LIMIT:?}");
+                    io::Error::new(io::ErrorKind::TimedOut, message)
+                }
+                _ => e,
+            })?;
             let mut rest = room.get(..length).unwrap_or_default();
             while let Some((header, body, next)) = split(rest) {
                 rest = next;
@@ -163,61 +129,72 @@ impl Socket {
             }
         }
     }
+}
 
-    fn receive(&self, room: &mut [u8]) -> io::Result<usize> {
-        loop {
-            // SAFETY: the buffer is as long as is said.
-            let got = unsafe {
-                libc::recv(
-                    self.fd.as_raw_fd(),
-                    room.as_mut_ptr().cast(),
-                    room.len(),
-                    libc::MSG_TRUNC,
-                )
-            };
-            match usize::try_from(got) {
-                Ok(got) if got > room.len() => {
-                    return Err(io::Error::other("an answer beyond all measure"));
-                }
-                Ok(got) => return Ok(got),
-                Err(_) => {}
-            }
-            let error = io::Error::last_os_error();
-            match error.kind() {
-                io::ErrorKind::Interrupted => {}
-                io::ErrorKind::WouldBlock => {
-                    let message = format!("the kernel did not answer within {LIMIT:?}");
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, message));
-                }
-                _ => return Err(error),
-            }
-        }
-    }
+/// In this thread's network namespace; `flags` are `SOCK_*`.
+pub(crate) fn open(flags: i32) -> io::Result<OwnedFd> {
+    // SAFETY: socket(2) takes numbers only.
+    let fd = check(unsafe {
+        libc::socket(
+            libc::AF_NETLINK,
+            libc::SOCK_RAW | libc::SOCK_CLOEXEC | flags,
+            libc::NETLINK_ROUTE,
+        )
+    })?;
+    // SAFETY: the kernel just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
 
-    fn option<T>(&self, level: i32, name: i32, value: &T) -> io::Result<()> {
-        // SAFETY: the value is as long as is said, and outlives the call.
-        check(unsafe {
-            libc::setsockopt(
-                self.fd.as_raw_fd(),
-                level,
-                name,
-                (&raw const *value).cast(),
-                size_of::<T>() as libc::socklen_t,
+pub(crate) fn option<T>(fd: &OwnedFd, level: i32, name: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the value is as long as is said, and outlives the call.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            (&raw const *value).cast(),
+            size_of::<T>() as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
+/// The next datagram, of which nothing is cut off.
+pub(crate) fn receive(fd: &OwnedFd, room: &mut [u8]) -> io::Result<usize> {
+    loop {
+        // SAFETY: the buffer is as long as is said.
+        let got = unsafe {
+            libc::recv(
+                fd.as_raw_fd(),
+                room.as_mut_ptr().cast(),
+                room.len(),
+                libc::MSG_TRUNC,
             )
-        })
-        .map(drop)
+        };
+        match usize::try_from(got) {
+            Ok(got) if got > room.len() => {
+                return Err(io::Error::other("an answer beyond all measure"));
+            }
+            Ok(got) => return Ok(got),
+            Err(_) => {}
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 
+/// `struct nlmsghdr`, as far as it counts.
 #[derive(Clone, Copy)]
-struct Header {
-    kind: u16,
+pub(crate) struct Header {
+    pub(crate) kind: u16,
     flags: u16,
     sequence: u32,
 }
 
 /// The first message: its header, its body, and what comes behind it.
-fn split(bytes: &[u8]) -> Option<(Header, &[u8], &[u8])> {
+pub(crate) fn split(bytes: &[u8]) -> Option<(Header, &[u8], &[u8])> {
     let length = message::u32(bytes)? as usize;
     let header = Header {
         kind: message::u16(bytes.get(4..)?)?,

@@ -1,0 +1,104 @@
+//! News of rtnetlink's: that something has changed. What there is now is for a list to say.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use crate::{
+    message,
+    socket::{self, Header},
+};
+
+/// `RTNLGRP_LINK`: interfaces.
+pub const LINKS: u32 = 1;
+/// `RTNLGRP_IPV4_IFADDR` and `RTNLGRP_IPV6_IFADDR`.
+pub const ADDRESSES: [u32; 2] = [5, 9];
+/// `RTNLGRP_IPV4_ROUTE` and `RTNLGRP_IPV6_ROUTE`.
+pub const ROUTES: [u32; 2] = [7, 11];
+
+/// What is heard of one network namespace. Never waits, but where that is asked for.
+#[derive(Debug)]
+pub struct News(OwnedFd);
+
+impl News {
+    /// Of these groups, `RTNLGRP_*`, in this thread's network namespace.
+    pub fn of(groups: &[u32]) -> io::Result<Self> {
+        let fd = socket::open(libc::SOCK_NONBLOCK)?;
+        for group in groups {
+            let group = *group as i32;
+            let name = libc::NETLINK_ADD_MEMBERSHIP;
+            socket::option(&fd, libc::SOL_NETLINK, name, &group)?;
+        }
+        Ok(Self(fd))
+    }
+
+    /// Waits until there may be some.
+    pub fn wait(&self, limit: Duration) -> io::Result<()> {
+        let mut poll = libc::pollfd {
+            fd: self.0.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
+        // SAFETY: `poll` is one pollfd.
+        match unsafe { libc::poll(&raw mut poll, 1, limit) } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes all that has come. Whether any of it was about something else than these interfaces, by index.
+    pub fn take(&self, of_no_interest: &[u32]) -> io::Result<bool> {
+        let mut room = vec![0; socket::ROOM];
+        let mut news = false;
+        loop {
+            let length = match socket::receive(&self.0, &mut room) {
+                Ok(length) => length,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(news),
+                // Some were lost, which is news too.
+                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                    news = true;
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let mut rest = room.get(..length).unwrap_or_default();
+            while let Some((header, body, next)) = socket::split(rest) {
+                rest = next;
+                let link = link(header, body);
+                news |= !link.is_some_and(|link| of_no_interest.contains(&link));
+            }
+        }
+    }
+}
+
+impl AsFd for News {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<News> for OwnedFd {
+    fn from(news: News) -> Self {
+        news.0
+    }
+}
+
+impl From<OwnedFd> for News {
+    /// One that was a [`News`] before.
+    fn from(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
+/// The interface that a message is about, where its fixed part says so.
+fn link(header: Header, body: &[u8]) -> Option<u32> {
+    match header.kind {
+        libc::RTM_NEWLINK | libc::RTM_DELLINK | libc::RTM_NEWADDR | libc::RTM_DELADDR => {
+            message::u32(body.get(4..)?)
+        }
+        _ => None,
+    }
+}

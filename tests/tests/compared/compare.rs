@@ -322,6 +322,8 @@ fn see(runtime: Runtime, pod: Option<&Container>, (name, edit): &Case) -> Seen {
         }
     }
     let mut init_lines = lines(&text, &id);
+    // ctr sets it to its own terminal's some time after the start.
+    init_lines.remove("terminal size");
     let (status, error) = init.end(&id);
     match text.ends_with("END\n") {
         true => init_lines.insert("exit status".to_owned(), status),

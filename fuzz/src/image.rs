@@ -193,13 +193,12 @@ fn bus(ram: &GuestRam) -> PciBus {
     let (vsock, _) = Vsock::new(agent.into(), ending.clone()).expect("a device");
     let devices: [Box<dyn VirtioDevice>; 2] = [Box::new(vsock), Box::new(Rng::default())];
     let mut bus = PciBus::default();
-    bus.add(None, Box::new(HostBridge::default()))
-        .expect("a slot");
+    bus.add(Box::new(HostBridge::default())).expect("a slot");
     for device in devices {
         let bar = bus.place_bar(BAR_SIZE).expect("room");
         let sink: Arc<dyn MessageSink> = Arc::new(Nowhere);
         let device = VirtioPci::new(device, bar, ram.clone(), sink, ending.clone());
-        bus.add(Some(bar), Box::new(device.expect("a transport")))
+        bus.add(Box::new(device.expect("a transport")))
             .expect("a slot");
     }
     bus

@@ -83,8 +83,7 @@ fn machine(ram: &GuestRam) -> Machine {
     let console: Arc<Mutex<Console>> = Arc::default();
     let mut bus = PciBus::default();
     let mut bars = Vec::new();
-    bus.add(None, Box::new(HostBridge::default()))
-        .expect("a slot");
+    bus.add(Box::new(HostBridge::default())).expect("a slot");
     let tap = Tap {
         kind: Kind {
             name: "tap",
@@ -102,13 +101,13 @@ fn machine(ram: &GuestRam) -> Machine {
         let sink: Arc<dyn MessageSink> = Arc::new(Nowhere);
         let device = VirtioPci::new(device, bar, ram.clone(), sink, ending.clone());
         bars.push(bar.address);
-        bus.add(Some(bar), Box::new(device.expect("a transport")))
+        bus.add(Box::new(device.expect("a transport")))
             .expect("a slot");
     }
     let bar = bus.place_bar(pvpanic::BAR_SIZE).expect("room");
     bars.push(bar.address);
     let pvpanic = Pvpanic::new(bar, ending.clone(), Arc::clone(&console));
-    bus.add(Some(bar), Box::new(pvpanic)).expect("a slot");
+    bus.add(Box::new(pvpanic)).expect("a slot");
     let reset_port = ResetPort {
         ending,
         console: Arc::clone(&console),
@@ -246,6 +245,9 @@ struct Through<'a>(&'a mut Machine, u64);
 impl husk_vmm::pci::PciDevice for Through<'_> {
     fn read_config(&self, _: u8, _: &mut [u8]) {}
     fn write_config(&mut self, _: u8, _: &[u8]) {}
+    fn bar(&self) -> Option<husk_vmm::pci::Bar> {
+        None
+    }
     fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         self.0.bus.read_mmio(self.1 + offset, data);
     }

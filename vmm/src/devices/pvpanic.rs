@@ -68,6 +68,10 @@ impl PciDevice for Pvpanic {
         self.config.write(offset, data);
     }
 
+    fn bar(&self) -> Option<Bar> {
+        self.config.bar()
+    }
+
     fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let (0, Some(register)) = (offset, data.first_mut()) {

@@ -1,7 +1,9 @@
 //! The configuration space of a device with one memory BAR (PCI 3.0 chapter 6).
 //!
-//! BARs do not move: the VMM places them before the guest starts, and what a guest writes there only
-//! serves to ask for the size. So doorbells are registered with KVM once.
+//! BARs of the devices that a machine boots with do not move: the VMM places them before the guest starts, and
+//! what a guest writes there only serves to ask for the size. So doorbells are registered with KVM once. The BAR
+//! of a device that is plugged in is where the guest puts it: Linux places what it finds on a bus that it scans
+//! again, wherever it was.
 
 use super::{Bar, PciDevice};
 use crate::{
@@ -23,8 +25,9 @@ const CAPABILITIES: usize = 0x34;
 const FIRST_CAPABILITY: usize = 0x40;
 
 const STATUS_CAPABILITIES: u8 = 1 << 4;
+const COMMAND_MEMORY: u16 = 1 << 1;
 /// Memory space, bus master, interrupt disable.
-const COMMAND_WRITABLE: u16 = 1 << 1 | 1 << 2 | 1 << 10;
+const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 10;
 
 /// Who a device says it is.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +45,8 @@ pub struct ConfigSpace {
     bytes: [u8; 256],
     writable: [u8; 256],
     bar: Option<Bar>,
+    /// The guest places the BAR, and says when it answers.
+    movable: bool,
     /// The guest has asked for the BAR's size and not yet written an address back.
     sizing: bool,
     next_capability: usize,
@@ -54,6 +59,7 @@ impl ConfigSpace {
             bytes: [0; 256],
             writable: [0; 256],
             bar,
+            movable: false,
             sizing: false,
             next_capability: FIRST_CAPABILITY,
             last_capability: CAPABILITIES,
@@ -67,6 +73,22 @@ impl ConfigSpace {
         config.put(SUBSYSTEM, &identity.subsystem.to_le_bytes());
         config.allow(COMMAND.into(), &COMMAND_WRITABLE.to_le_bytes());
         config
+    }
+
+    /// The space of a device whose BAR of `size` bytes, a power of two, is nowhere until the guest has placed it.
+    pub fn with_movable_bar(identity: Identity, size: u32) -> Self {
+        Self {
+            movable: true,
+            ..Self::new(identity, Some(Bar { address: 0, size }))
+        }
+    }
+
+    /// Where the BAR answers now.
+    pub fn bar(&self) -> Option<Bar> {
+        let decoded = !self.movable || self.word(COMMAND) & COMMAND_MEMORY != 0;
+        // That the guest has placed none at 0 is how it says that it has not placed it.
+        let placed = |bar: &Bar| !self.movable || bar.address != 0;
+        self.bar.filter(|bar| decoded && placed(bar))
     }
 
     /// Adds a capability with this id and body (what follows id and next pointer), of which the
@@ -97,7 +119,7 @@ impl ConfigSpace {
 
     pub fn write(&mut self, offset: u8, data: &[u8]) {
         if offset == BAR0 {
-            self.sizing = data == [0xff; 4];
+            self.write_bar(data);
             return;
         }
         for (at, new) in (usize::from(offset)..).zip(data) {
@@ -107,7 +129,16 @@ impl ConfigSpace {
         }
     }
 
-    /// The space as the guest has it, for [`Self::restore`].
+    fn write_bar(&mut self, data: &[u8]) {
+        if !self.movable {
+            self.sizing = data == [0xff; 4];
+        } else if let (Some(bar), Ok(address)) = (&mut self.bar, <[u8; 4]>::try_from(data)) {
+            // What of the address cannot be set tells the size.
+            bar.address = u64::from(u32::from_le_bytes(address) & !(bar.size.wrapping_sub(1)));
+        }
+    }
+
+    /// The space as the guest has it, for [`Self::restore`]. Of one whose BAR the guest places, that is not all.
     pub fn save(&self) -> PciFunction {
         PciFunction {
             config: self.bytes.to_vec(),
@@ -184,6 +215,9 @@ impl PciDevice for HostBridge {
     }
     fn write_config(&mut self, offset: u8, data: &[u8]) {
         self.0.write(offset, data);
+    }
+    fn bar(&self) -> Option<Bar> {
+        self.0.bar()
     }
     fn read_bar(&mut self, _: u64, _: &mut [u8]) {}
     fn write_bar(&mut self, _: u64, _: &[u8]) {}

@@ -25,6 +25,8 @@ pub trait PciDevice: Send {
     fn read_config(&self, offset: u8, data: &mut [u8]);
     /// Writes the configuration space, with the same shapes.
     fn write_config(&mut self, offset: u8, data: &[u8]);
+    /// Where the memory BAR answers now, if it does.
+    fn bar(&self) -> Option<Bar>;
     /// Reads `data.len()` bytes, 1 to 8, at `offset` of the memory BAR.
     fn read_bar(&mut self, offset: u64, data: &mut [u8]);
     /// Writes the memory BAR, with the same shapes.
@@ -41,6 +43,10 @@ pub trait PciDevice: Send {
     fn start(&mut self) -> Result<(), DeviceError> {
         Ok(())
     }
+
+    /// The device was taken out of its slot, stopped: nobody reaches it any more, and what is the host's of it is
+    /// given back.
+    fn unplug(&mut self) {}
 
     /// All that the guest could tell this device from a new one by. Called while stopped.
     ///
@@ -72,13 +78,22 @@ pub enum PciError {
     NoSlot,
     #[error("the MMIO window has no room for a BAR of {0:#x} bytes")]
     NoRoom(u32),
+    #[error("slot: nothing was plugged into slot {0} of the PCI bus")]
+    NotPlugged(u32),
+}
+
+/// A device in its slot.
+struct Occupant {
+    device: Box<dyn PciDevice>,
+    /// What is plugged into a machine that runs, by its name in messages; none of what it was built with.
+    plugged: Option<&'static str>,
 }
 
 /// The bus and its devices.
 pub struct PciBus {
     /// The configuration address last written to port 0xcf8.
     address: u32,
-    devices: Vec<(Option<Bar>, Box<dyn PciDevice>)>,
+    slots: Vec<Option<Occupant>>,
     next_bar: u64,
 }
 
@@ -86,7 +101,7 @@ impl Default for PciBus {
     fn default() -> Self {
         Self {
             address: 0,
-            devices: Vec::new(),
+            slots: Vec::new(),
             next_bar: MMIO_START,
         }
     }
@@ -104,13 +119,52 @@ impl PciBus {
         Ok(Bar { address, size })
     }
 
-    /// Puts a device into the next slot.
-    pub fn add(&mut self, bar: Option<Bar>, device: Box<dyn PciDevice>) -> Result<(), PciError> {
-        if self.devices.len() == SLOTS {
-            return Err(PciError::NoSlot);
+    /// Puts a device of the machine's own into the next slot, before any is plugged in.
+    pub fn add(&mut self, device: Box<dyn PciDevice>) -> Result<(), PciError> {
+        self.occupy(device, None).map(drop)
+    }
+
+    /// Puts a device into a free slot, whose number is the answer. The guest finds it when it looks.
+    pub fn plug(
+        &mut self,
+        name: &'static str,
+        device: Box<dyn PciDevice>,
+    ) -> Result<u32, PciError> {
+        self.occupy(device, Some(name))
+    }
+
+    fn occupy(
+        &mut self,
+        device: Box<dyn PciDevice>,
+        plugged: Option<&'static str>,
+    ) -> Result<u32, PciError> {
+        let free = self.slots.iter().position(Option::is_none);
+        let slot = free.unwrap_or(self.slots.len());
+        let occupant = Some(Occupant { device, plugged });
+        match self.slots.get_mut(slot) {
+            Some(place) => *place = occupant,
+            None if slot < SLOTS => self.slots.push(occupant),
+            None => return Err(PciError::NoSlot),
         }
-        self.devices.push((bar, device));
+        Ok(slot as u32)
+    }
+
+    /// Takes out what was plugged into a slot, whatever it is doing. The guest then finds nobody there.
+    pub fn unplug(&mut self, slot: u32) -> Result<(), PciError> {
+        let place = usize::try_from(slot).ok();
+        let place = place.and_then(|slot| self.slots.get_mut(slot));
+        let occupant = place
+            .and_then(|place| place.take_if(|occupant| occupant.plugged.is_some()))
+            .ok_or(PciError::NotPlugged(slot))?;
+        let mut device = occupant.device;
+        device.stop();
+        device.unplug();
         Ok(())
+    }
+
+    fn devices(&mut self) -> impl Iterator<Item = &mut Box<dyn PciDevice>> {
+        let occupants = self.slots.iter_mut().flatten();
+        occupants.map(|occupant| &mut occupant.device)
     }
 
     /// A read of port 0xcf8 + `register`. What is not there leaves `data` as it is.
@@ -148,7 +202,7 @@ impl PciBus {
 
     /// Stops all devices, see [`PciDevice::stop`].
     pub fn stop(&mut self) {
-        for (_, device) in &mut self.devices {
+        for device in self.devices() {
             device.stop();
         }
     }
@@ -158,19 +212,27 @@ impl PciBus {
     /// # Errors
     /// That of the first that cannot; the others go on.
     pub fn start(&mut self) -> Result<(), DeviceError> {
-        let started = self.devices.iter_mut().map(|(_, device)| device.start());
+        let started = self.devices().map(|device| device.start());
         started.fold(Ok(()), Result::and)
     }
 
     /// The bus and its devices, which are stopped.
     ///
     /// # Errors
-    /// What is in the way of the first that cannot be saved.
+    /// What is in the way of the first that cannot be saved; a device that was plugged in: the machine that is
+    /// restored would not have it.
     pub fn save(&mut self) -> Result<state::Bus, InTheWay> {
-        let functions = self.devices.iter_mut().map(|(_, device)| device.save());
+        let mut slots = (0..).zip(self.slots.iter().flatten());
+        let plugged = slots.find_map(|(slot, occupant)| Some((slot, occupant.plugged?)));
+        if let Some((slot, device)) = plugged {
+            let what = format!("it is plugged into slot {slot} of the PCI bus");
+            return Err(InTheWay { device, what });
+        }
+        let functions = self.devices().map(|device| device.save());
+        let functions = functions.collect::<Result<_, _>>()?;
         Ok(state::Bus {
             address: self.address,
-            functions: functions.collect::<Result<_, _>>()?,
+            functions,
             ..Default::default()
         })
     }
@@ -180,11 +242,11 @@ impl PciBus {
     /// # Errors
     /// The devices are not the same, or what they remember is damaged.
     pub fn restore(&mut self, saved: &state::Bus) -> Result<(), StateError> {
-        if saved.functions.len() != self.devices.len() {
+        if saved.functions.len() != self.devices().count() {
             return Err(StateError::Content("the machine has other devices"));
         }
         self.address = saved.address;
-        for ((_, device), saved) in self.devices.iter_mut().zip(&saved.functions) {
+        for (device, saved) in self.devices().zip(&saved.functions) {
             device.restore(saved)?;
         }
         Ok(())
@@ -202,14 +264,14 @@ impl PciBus {
         }
         let slot = (self.address >> 11 & 0x1f) as usize;
         let offset = (self.address & 0xfc) as u8 | byte as u8;
-        let (_, device) = self.devices.get_mut(slot)?;
-        Some((offset, device))
+        let occupant = self.slots.get_mut(slot)?.as_mut()?;
+        Some((offset, &mut occupant.device))
     }
 
     /// The device whose BAR holds the whole access.
     fn at(&mut self, address: u64, length: usize) -> Option<(u64, &mut Box<dyn PciDevice>)> {
-        self.devices.iter_mut().find_map(|(bar, device)| {
-            let bar = bar.as_ref()?;
+        self.devices().find_map(|device| {
+            let bar = device.bar()?;
             let offset = address.checked_sub(bar.address)?;
             let end = offset.checked_add(length as u64)?;
             (end <= u64::from(bar.size)).then_some((offset, device))
@@ -221,7 +283,7 @@ impl PciBus {
 mod tests {
     use super::*;
 
-    struct Echo(u8);
+    struct Echo(u8, Option<Bar>);
 
     impl PciDevice for Echo {
         fn read_config(&self, offset: u8, data: &mut [u8]) {
@@ -229,6 +291,9 @@ mod tests {
         }
         fn write_config(&mut self, _: u8, data: &[u8]) {
             self.0 = data[0];
+        }
+        fn bar(&self) -> Option<Bar> {
+            self.1
         }
         fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
             data.fill(self.0 + offset as u8);
@@ -250,9 +315,9 @@ mod tests {
 
     fn bus() -> PciBus {
         let mut bus = PciBus::default();
-        bus.add(None, Box::new(Echo(1))).unwrap();
+        bus.add(Box::new(Echo(1, None))).unwrap();
         let bar = bus.place_bar(0x1000).unwrap();
-        bus.add(Some(bar), Box::new(Echo(100))).unwrap();
+        bus.add(Box::new(Echo(100, Some(bar)))).unwrap();
         bus
     }
 
@@ -302,6 +367,36 @@ mod tests {
     }
 
     #[test]
+    fn what_is_plugged_in_can_be_taken_out_and_nothing_else() {
+        let mut bus = bus();
+        let slots: Vec<u32> = (0..30)
+            .map(|_| bus.plug("echo", Box::new(Echo(50, None))).unwrap())
+            .collect();
+        assert_eq!(slots, (2..32).collect::<Vec<_>>());
+        let full = bus.plug("echo", Box::new(Echo(50, None)));
+        assert!(matches!(full, Err(PciError::NoSlot)));
+        let error = bus.save().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "echo: it is plugged into slot 2 of the PCI bus"
+        );
+
+        bus.write_port(ADDRESS, &0x8000_3800u32.to_le_bytes());
+        assert_eq!(read(&mut bus, DATA, 1), [50]);
+        bus.unplug(7).unwrap();
+        assert_eq!(read(&mut bus, DATA, 1), [0xff]);
+        for slot in [0, 1, 7, 32, u32::MAX] {
+            let refused = bus.unplug(slot);
+            assert!(matches!(refused, Err(PciError::NotPlugged(of)) if of == slot));
+        }
+        assert_eq!(bus.plug("echo", Box::new(Echo(60, None))).unwrap(), 7);
+        for slot in 2..32 {
+            bus.unplug(slot).unwrap();
+        }
+        assert_eq!(bus.save().unwrap().functions.len(), 2);
+    }
+
+    #[test]
     fn bars_are_aligned_and_bounded() {
         let mut bus = PciBus::default();
         assert_eq!(bus.place_bar(0x10).unwrap().address, MMIO_START);
@@ -316,7 +411,7 @@ mod tests {
         let mut bars = Vec::new();
         for (number, shift) in (0..).zip([4, 14, 4, 12, 20, 14, 24, 4]) {
             let bar = bus.place_bar(1 << shift).unwrap();
-            bus.add(Some(bar), Box::new(Echo(number << 4))).unwrap();
+            bus.add(Box::new(Echo(number << 4, Some(bar)))).unwrap();
             assert_eq!(bar.address % u64::from(bar.size), 0);
             bars.push(bar);
         }

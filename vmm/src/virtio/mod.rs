@@ -57,6 +57,8 @@ pub struct Kind {
 /// What an activated device works with. It keeps all of it until it is stopped.
 pub struct Activation {
     pub ram: GuestRam,
+    /// What device and driver have agreed on: of [`Kind::features`], and of the transport's.
+    pub features: u64,
     /// One for each of [`Kind::queues`], in order, ready.
     pub queues: Vec<Queue>,
 }

@@ -9,8 +9,9 @@
 //! vCPU's thread with the bus locked. The alternative access through configuration space (§4.1.4.9)
 //! is left out: it serves firmware that cannot map the BAR, and costs each boot its exits.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use virtio_queue::{Queue as Ring, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -69,6 +70,31 @@ pub(super) struct QueueSetup {
     pub(super) doorbell: EventFd,
 }
 
+/// Has writes to guest physical addresses signal eventfds, with no exit to this process.
+pub trait Doorbells: Send + Sync {
+    fn watch(&self, address: u64, doorbell: &EventFd) -> io::Result<()>;
+    fn forget(&self, address: u64, doorbell: &EventFd) -> io::Result<()>;
+}
+
+impl Doorbells for VmFd {
+    fn watch(&self, address: u64, doorbell: &EventFd) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        Ok(self.register_ioevent(doorbell, &address, NoDatamatch)?)
+    }
+
+    fn forget(&self, address: u64, doorbell: &EventFd) -> io::Result<()> {
+        let address = IoEventAddress::Mmio(address);
+        Ok(self.unregister_ioevent(doorbell, &address, NoDatamatch)?)
+    }
+}
+
+/// Where the doorbells of a device are watched whose BAR the guest places.
+struct Watch {
+    kvm: Arc<dyn Doorbells>,
+    /// The BAR that they are watched in.
+    bar: Option<Bar>,
+}
+
 /// A virtio device on the PCI bus.
 pub struct VirtioPci {
     pub(super) config: ConfigSpace,
@@ -85,7 +111,8 @@ pub struct VirtioPci {
     pub(super) driver_features: u64,
     pub(super) config_vector: u16,
     pub(super) queue_select: u16,
-    pub(super) bar: Bar,
+    /// None where the BAR does not move: then whoever placed it has the doorbells watched.
+    watch: Option<Watch>,
     /// The device was stopped and gave all its queues back.
     pub(super) stopped_whole: bool,
 }
@@ -95,6 +122,31 @@ impl VirtioPci {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         bar: Bar,
+        ram: GuestRam,
+        sink: Arc<dyn MessageSink>,
+        ending: Ending,
+    ) -> Result<Self, DeviceError> {
+        let config = |identity| ConfigSpace::new(identity, Some(bar));
+        Self::with(device, config, ram, sink, ending)
+    }
+
+    /// The same, for a machine that runs: the guest places the BAR, and the doorbells are watched by `kvm` there.
+    pub fn pluggable(
+        device: Box<dyn VirtioDevice>,
+        ram: GuestRam,
+        sink: Arc<dyn MessageSink>,
+        kvm: Arc<dyn Doorbells>,
+        ending: Ending,
+    ) -> Result<Self, DeviceError> {
+        let config = |identity| ConfigSpace::with_movable_bar(identity, BAR_SIZE);
+        let mut transport = Self::with(device, config, ram, sink, ending)?;
+        transport.watch = Some(Watch { kvm, bar: None });
+        Ok(transport)
+    }
+
+    fn with(
+        device: Box<dyn VirtioDevice>,
+        config: impl FnOnce(Identity) -> ConfigSpace,
         ram: GuestRam,
         sink: Arc<dyn MessageSink>,
         ending: Ending,
@@ -127,7 +179,7 @@ impl VirtioPci {
         }
         // A vector for each queue and one for configuration changes.
         let msix = Arc::new(Msix::new(queues.len() as u16 + 1, sink));
-        let mut config = ConfigSpace::new(identity, Some(bar));
+        let mut config = config(identity);
         // First what the kernel looks for most often.
         let msix_capability = config.add_capability(
             msix::CAPABILITY,
@@ -162,20 +214,49 @@ impl VirtioPci {
             driver_features: 0,
             config_vector: NO_VECTOR,
             queue_select: 0,
-            bar,
+            watch: None,
             stopped_whole: true,
         })
     }
 
     /// The doorbells to register with KVM: guest physical address and eventfd.
     pub fn doorbells(&self) -> impl Iterator<Item = (u64, &EventFd)> {
-        let base = self.bar.address + DOORBELLS;
+        let bar = self.config.bar().into_iter();
+        bar.flat_map(|bar| self.doorbells_in(bar))
+    }
+
+    fn doorbells_in(&self, bar: Bar) -> impl Iterator<Item = (u64, &EventFd)> {
         let wanted = self.kind.doorbells;
-        (base..)
+        (bar.address + DOORBELLS..)
             .step_by(DOORBELL_STEP as usize)
             .zip(&self.queues)
             .filter(move |_| wanted)
             .map(|(address, queue)| (address, &queue.doorbell))
+    }
+
+    /// The guest may have placed the BAR, or another one on the top of it, which is its own affair: a doorbell that
+    /// is not watched is heard by [`Self::ring`].
+    fn follow_bar(&mut self, bar: Option<Bar>) {
+        let Some(Watch { kvm, bar: before }) = &self.watch else {
+            return;
+        };
+        if *before == bar {
+            return;
+        }
+        let doorbells = |bar: Option<Bar>| bar.into_iter().flat_map(|bar| self.doorbells_in(bar));
+        for (address, doorbell) in doorbells(*before) {
+            if let Err(e) = kvm.forget(address, doorbell) {
+                log::debug!("forget the doorbell at {address:#x}: {e}");
+            }
+        }
+        for (address, doorbell) in doorbells(bar) {
+            if let Err(e) = kvm.watch(address, doorbell) {
+                log::debug!("watch the doorbell at {address:#x}: {e}");
+            }
+        }
+        if let Some(watch) = &mut self.watch {
+            watch.bar = bar;
+        }
     }
 
     fn offered_features(&self) -> u64 {
@@ -338,6 +419,7 @@ impl VirtioPci {
         }
         self.device.activate(Activation {
             ram: self.ram.clone(),
+            features: self.driver_features,
             queues,
         })
     }
@@ -361,11 +443,16 @@ impl VirtioPci {
     /// A doorbell that KVM has not taken.
     fn ring(&mut self, offset: u64) {
         let index = (offset / DOORBELL_STEP) as u16;
-        let exists = usize::from(index) < self.queues.len();
-        if self.kind.doorbells || !exists || !self.is_active() {
+        let Some(queue) = self.queues.get(usize::from(index)) else {
+            return;
+        };
+        if !self.is_active() {
             return;
         }
-        if let Err(e) = self.device.notify(index) {
+        if self.kind.doorbells {
+            // Fails only when the counter is full: then the doorbell is rung already.
+            let _ = queue.doorbell.write(1);
+        } else if let Err(e) = self.device.notify(index) {
             self.ending.report(Cause::DeviceError, e);
         }
     }
@@ -394,6 +481,11 @@ impl PciDevice for VirtioPci {
             self.msix
                 .set_control(self.config.word(self.msix_capability + 2));
         }
+        self.follow_bar(self.config.bar());
+    }
+
+    fn bar(&self) -> Option<Bar> {
+        self.config.bar()
     }
 
     fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
@@ -433,6 +525,10 @@ impl PciDevice for VirtioPci {
 
     fn start(&mut self) -> Result<(), DeviceError> {
         self.start_device()
+    }
+
+    fn unplug(&mut self) {
+        self.follow_bar(None);
     }
 
     fn save(&mut self) -> Result<PciFunction, InTheWay> {
@@ -587,6 +683,69 @@ mod tests {
         transport.write_bar(STATUS, &[15]);
         assert_eq!(read(&mut transport, STATUS, 1), 15 | 64);
         assert!(diary.0.lock().unwrap().is_empty());
+    }
+
+    /// Says what it was asked to watch.
+    #[derive(Default)]
+    struct Watched(Mutex<Vec<u64>>);
+
+    impl Doorbells for Watched {
+        fn watch(&self, address: u64, _: &EventFd) -> io::Result<()> {
+            self.0.lock().unwrap().push(address);
+            Ok(())
+        }
+        fn forget(&self, address: u64, _: &EventFd) -> io::Result<()> {
+            self.0.lock().unwrap().retain(|watched| *watched != address);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn doorbells_are_where_the_guest_puts_the_bar() {
+        const COMMAND: u8 = 4;
+        const BAR0: u8 = 0x10;
+        let (ring, kvm) = (Arc::<Count>::default(), Arc::<Watched>::default());
+        struct Rung(Diary);
+        impl VirtioDevice for Rung {
+            fn kind(&self) -> Kind {
+                Kind {
+                    doorbells: true,
+                    ..self.0.kind()
+                }
+            }
+            fn activate(&mut self, _: Activation) -> Result<(), DeviceError> {
+                Ok(())
+            }
+            fn stop(&mut self) -> Vec<Queue> {
+                Vec::new()
+            }
+        }
+        let device = Box::new(Rung(Diary::default()));
+        let mut transport =
+            VirtioPci::pluggable(device, ram(), ring, kvm.clone(), Ending::default()).unwrap();
+        let register = |transport: &VirtioPci, offset| {
+            let mut data = [0; 4];
+            transport.read_config(offset, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let watched = || kvm.0.lock().unwrap().clone();
+        assert_eq!(register(&transport, BAR0), 0);
+        transport.write_config(COMMAND, &[2, 0]);
+        assert_eq!((transport.bar(), watched()), (None, vec![]));
+        transport.write_config(COMMAND, &[0, 0]);
+
+        transport.write_config(BAR0, &[0xff; 4]);
+        assert_eq!(register(&transport, BAR0), !(BAR_SIZE - 1));
+        transport.write_config(BAR0, &0x0800_1234u32.to_le_bytes());
+        assert_eq!(register(&transport, BAR0), 0x0800_0000);
+        assert_eq!((transport.bar(), watched()), (None, vec![]));
+        transport.write_config(COMMAND, &[6, 0]);
+        assert_eq!(transport.bar().unwrap().address, 0x0800_0000);
+        assert_eq!(watched(), [0x0800_1000, 0x0800_1004]);
+        transport.write_config(BAR0, &0xffff_c000u32.to_le_bytes());
+        assert_eq!(watched(), [0xffff_d000, 0xffff_d004]);
+        transport.unplug();
+        assert_eq!(watched(), [0; 0]);
     }
 
     #[test]

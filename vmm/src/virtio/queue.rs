@@ -3,18 +3,30 @@
 //! Whoever serves the queue owns it; there is no lock. The ring, the descriptors and what they point
 //! at are the guest's: a chain is copied out as checked slices of guest memory, or refused.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    num::Wrapping,
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
+};
 
 use virtio_queue::{Queue as Ring, QueueOwnedT, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    memory::{GuestMemoryAccess, GuestMemoryError, GuestRam, VolatileSlice},
+    memory::{Bytes, GuestAddress, GuestMemoryAccess, GuestMemoryError, GuestRam, VolatileSlice},
     pci::msix::Msix,
 };
 
 /// The most buffers one chain may have: more than any driver of Linux makes.
 const BUFFERS_MAX: usize = 1024;
+
+/// The rings (virtio 1.2 §2.7.6, §2.7.8): bytes before their entries, and of an entry.
+const RING_HEADER: u64 = 4;
+const AVAILABLE_ENTRY: u64 = 2;
+const USED_ENTRY: u64 = 8;
 
 /// What a driver did to a queue that no driver may do.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +63,8 @@ pub struct Queue {
     ring: Ring,
     doorbell: EventFd,
     interrupt: Interrupt,
+    /// The used index when the driver was last told of what was used.
+    told: Wrapping<u16>,
 }
 
 /// The buffers of one request, in guest memory.
@@ -73,6 +87,7 @@ impl Queue {
             return Err(QueueError::Rings);
         }
         Ok(Self {
+            told: Wrapping(ring.next_used()),
             ring,
             doorbell,
             interrupt,
@@ -144,12 +159,54 @@ impl Queue {
         Ok(self.ring.add_used(ram, head, written)?)
     }
 
+    /// Gives chains back at once, each with the bytes written to it: the driver sees all of them, or none yet.
+    pub fn push_all(&mut self, ram: &GuestRam, chains: &[(u16, usize)]) -> Result<(), QueueError> {
+        let Some(((head, written), before)) = chains.split_last() else {
+            return Ok(());
+        };
+        let mut next = self.ring.next_used();
+        for (head, written) in before {
+            let entry = u64::from(next % self.ring.size().max(1));
+            let address = self.ring.used_ring().checked_add(RING_HEADER);
+            let address = address.and_then(|ring| ring.checked_add(entry * USED_ENTRY));
+            let written = u32::try_from(*written).unwrap_or(u32::MAX);
+            let element = u64::from(*head) | u64::from(written) << 32;
+            let address = GuestAddress(address.ok_or(QueueError::Rings)?);
+            ram.write_slice(&element.to_le_bytes(), address)?;
+            next = next.wrapping_add(1);
+        }
+        self.ring.set_next_used(next);
+        self.push(ram, *head, *written)
+    }
+
     /// Interrupts the driver if it wants to know of what was pushed since the last call.
     pub fn signal(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
-        if self.ring.needs_notification(ram)? {
+        if self.is_told(ram)? {
             self.interrupt.msix.signal(self.interrupt.vector);
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to know of what was pushed since it was last asked.
+    fn is_told(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
+        let used = Wrapping(self.ring.next_used());
+        let told = std::mem::replace(&mut self.told, used);
+        // What was pushed must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        Ok(match self.ring.event_idx_enabled() {
+            // It wishes to be told when a certain entry is used (§2.7.7.2).
+            true => used - self.used_event(ram)? - Wrapping(1) < used - told,
+            false => used != told,
+        })
+    }
+
+    /// The entry of the used ring that the driver wishes to be told of.
+    fn used_event(&self, ram: &GuestRam) -> Result<Wrapping<u16>, QueueError> {
+        let behind = RING_HEADER + AVAILABLE_ENTRY * u64::from(self.ring.size());
+        let address = self.ring.avail_ring().checked_add(behind);
+        let address = GuestAddress(address.ok_or(QueueError::Rings)?);
+        let event: u16 = ram.load(address, Ordering::Relaxed)?;
+        Ok(Wrapping(u16::from_le(event)))
     }
 
     /// Asks for the doorbell on the next chain. True when one is there already: pop on.
@@ -373,6 +430,39 @@ mod tests {
         }
         offer(&driver, 0, &[(BUFFERS, 2000 * 16, INDIRECT, 0)]);
         assert!(matches!(queue.pop(&ram), Err(QueueError::LongChain)));
+    }
+
+    /// What the driver must never see is a part of them.
+    #[test]
+    fn chains_given_back_together_are_told_of_once() {
+        let ram = ram();
+        let (driver, mut queue) = queue(&ram, 0);
+        queue.ring.set_event_idx(true);
+        queue.ring.set_next_used(14);
+        queue.told = Wrapping(14);
+        queue.push_all(&ram, &[]).unwrap();
+        assert_eq!(driver.used().idx().load(), 0);
+        queue.push_all(&ram, &[(3, 10), (1, 20), (7, 30)]).unwrap();
+        assert_eq!(u16::from_le(driver.used().idx().load()), 17);
+        for (entry, id, written) in [(14, 3, 10), (15, 1, 20), (0, 7, 30)] {
+            let element = driver.used().ring().ref_at(entry).unwrap().load();
+            assert_eq!((element.id(), element.len()), (id, written));
+        }
+        // It wishes to be told of the second of them: the last that was pushed is not the only one that counts.
+        let before = queue.told;
+        let event = GuestAddress(queue.ring.avail_ring() + RING_HEADER + 2 * 16);
+        for (wish, wanted) in [
+            (13u16, false),
+            (14, true),
+            (15, true),
+            (16, true),
+            (17, false),
+        ] {
+            ram.write_obj(wish.to_le(), event).unwrap();
+            queue.told = before;
+            assert_eq!(queue.is_told(&ram).unwrap(), wanted, "{wish}");
+            assert!(!queue.is_told(&ram).unwrap(), "told twice of {wish}");
+        }
     }
 
     /// Slices of all lengths up to 3, split everywhere.

@@ -38,7 +38,7 @@ use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_COALESCED_PIO, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES,
     kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 
 use self::{
     bus::GuestBus,
@@ -62,7 +62,7 @@ use crate::{
     pci::{PciBus, PciError, config::HostBridge, msix::MessageSink},
     virtio::{
         DeviceError, VirtioDevice,
-        pci::{self, VirtioPci},
+        pci::{self, Doorbells, VirtioPci},
     },
 };
 
@@ -278,7 +278,7 @@ impl Chassis {
         let mut pci = populate(slots, &fd, &ram, &ending)?;
         let bar = pci.place_bar(pvpanic::BAR_SIZE)?;
         let pvpanic = Pvpanic::new(bar, ending.clone(), Arc::clone(&console));
-        pci.add(Some(bar), Box::new(pvpanic))?;
+        pci.add(Box::new(pvpanic))?;
         Ok(Self {
             kvm,
             fd,
@@ -479,16 +479,18 @@ fn populate(
     ending: &Ending,
 ) -> Result<PciBus, BuildError> {
     let mut bus = PciBus::default();
-    bus.add(None, Box::new(HostBridge::default()))?;
+    bus.add(Box::new(HostBridge::default()))?;
     for device in devices {
         let bar = bus.place_bar(pci::BAR_SIZE)?;
         let sink = Arc::clone(vm) as Arc<dyn MessageSink>;
         let device = VirtioPci::new(device, bar, ram.clone(), sink, ending.clone())?;
         for (address, doorbell) in device.doorbells() {
-            vm.register_ioevent(doorbell, &IoEventAddress::Mmio(address), NoDatamatch)
-                .map_err(KvmError::of("KVM_IOEVENTFD"))?;
+            vm.watch(address, doorbell).map_err(|cause| KvmError {
+                call: "KVM_IOEVENTFD",
+                cause,
+            })?;
         }
-        bus.add(Some(bar), Box::new(device))?;
+        bus.add(Box::new(device))?;
     }
     Ok(bus)
 }

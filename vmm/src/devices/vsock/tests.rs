@@ -497,6 +497,7 @@ fn a_clone_that_never_runs_leaves_the_agents_socket_as_it_was() {
     let ram = ram();
     let queues = [0, 0x1_0000, 0x2_0000].map(|start| queue(&ram, start).1);
     let activation = Activation {
+        features: 0,
         ram: ram.clone(),
         queues: queues.into(),
     };
@@ -569,6 +570,7 @@ fn a_device_whose_thread_cannot_start_stays_as_it_was() {
     let (mut clone, mut host, mut kept) = clone_of_connected();
     let ram = ram();
     let activation = || Activation {
+        features: 0,
         ram: ram.clone(),
         queues: [0, 0x1_0000, 0x2_0000]
             .map(|start| queue(&ram, start).1)

@@ -12,6 +12,7 @@ pub mod events;
 pub mod machine;
 pub mod settings;
 pub mod steady;
+pub mod tap;
 pub mod templates;
 pub mod terminal;
 pub mod wire;

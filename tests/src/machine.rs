@@ -24,8 +24,9 @@ use husk_proto::{
     agent::HelloRequest,
     agent_ttrpc::AgentClient,
     machine::{
-        BootRequest, PauseRequest, RestoreRequest, RestoreResponse, ResumeRequest, SaveRequest,
-        StatusRequest, StatusResponse, StopRequest, WaitRequest, WaitResponse,
+        AttachRequest, BootRequest, DetachRequest, PauseRequest, RestoreRequest, RestoreResponse,
+        ResumeRequest, SaveRequest, StatusRequest, StatusResponse, StopRequest, WaitRequest,
+        WaitResponse,
     },
     machine_ttrpc::MachineClient,
 };
@@ -53,6 +54,9 @@ pub const INITRD: &str = "/usr/local/lib/husk/initrd.img";
 pub const HOSTILE_DONE: &str = "hostile: done\n";
 /// What it says when it could not even begin, or go on: a test that tried nothing.
 pub const HOSTILE_FAILED: &str = "hostile: could not fight: ";
+
+/// Where a guest that was given an interface answers with what it is sent, by TCP and UDP.
+pub const ECHO_PORT: u16 = 7;
 
 /// A saved machine: two files without a name.
 pub struct Saved {
@@ -407,6 +411,34 @@ impl Machine {
         };
         self.client.save(patience(), &request).await?;
         Ok(saved)
+    }
+
+    /// Plugs an interface in; the answer is its slot.
+    ///
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn attach(&mut self, taps: &[OwnedFd], mac: [u8; 6], mtu: u32) -> Result<u8> {
+        let mut request = AttachRequest {
+            mac: mac.to_vec(),
+            mtu,
+            ..Default::default()
+        };
+        for tap in taps {
+            request.tap_fds.push(self.pass(tap)?);
+        }
+        let attached = self.client.attach(patience(), &request).await?;
+        attached.slot.try_into().context("a slot")
+    }
+
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn detach(&self, slot: u8) -> Result<()> {
+        let request = DetachRequest {
+            slot: slot.into(),
+            ..Default::default()
+        };
+        self.client.detach(patience(), &request).await?;
+        Ok(())
     }
 
     /// # Errors

@@ -94,7 +94,7 @@ const FILTERED: [&str; 15] = [
 ];
 
 /// By whom a VMM is entered: the thread that has the bug.
-const ROLES: [&str; 4] = ["service", "vcpu", "vsock", "files"];
+const ROLES: [&str; 5] = ["service", "vcpu", "vsock", "net", "files"];
 
 /// A process of nobody's pod, and what it offers to those who can reach it.
 struct Outsider {

@@ -8,7 +8,7 @@
 //!   vm      builds the VM and runs its vCPUs                            (a thread per vCPU)
 //!     pci     what the guest's configuration and MMIO accesses reach    (on the vCPUs' threads)
 //!     virtio  the device trait, queues, and the PCI transport
-//!     devices vsock, rng, pvpanic, the fs device's queues, serial port, reset port
+//!     devices vsock, net, rng, pvpanic, the fs device's queues, serial port, reset port
 //!     fs      the file server behind the virtio-fs device               (a thread per queue)
 //! ```
 //!

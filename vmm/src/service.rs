@@ -19,11 +19,11 @@ use async_trait::async_trait;
 use husk_proto::{
     DESCRIPTOR_FD, MACHINE_FD,
     machine::{
-        BootRequest, BootResponse, ConnectRequest, ConnectResponse, PauseRequest, PauseResponse,
-        RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, SaveRequest, SaveResponse,
-        ShareRequest, ShareResponse, StatusRequest, StatusResponse, StopRequest, StopResponse,
-        UnshareRequest, UnshareResponse, WaitRequest, WaitResponse, status_response,
-        wait_response::Reason,
+        AttachRequest, AttachResponse, BootRequest, BootResponse, ConnectRequest, ConnectResponse,
+        DetachRequest, DetachResponse, PauseRequest, PauseResponse, RestoreRequest,
+        RestoreResponse, ResumeRequest, ResumeResponse, SaveRequest, SaveResponse, ShareRequest,
+        ShareResponse, StatusRequest, StatusResponse, StopRequest, StopResponse, UnshareRequest,
+        UnshareResponse, WaitRequest, WaitResponse, status_response, wait_response::Reason,
     },
     machine_ttrpc::{Machine, create_machine},
 };
@@ -43,7 +43,8 @@ use crate::{
     fs::{FileServer, ShareError},
     jail::{self, Role},
     memory::{self, image::Later},
-    vm::{BuildError, Config, RestoreConfig, SaveError, Vm, ending::Cause},
+    pci::PciError,
+    vm::{AttachError, BuildError, Config, Interface, RestoreConfig, SaveError, Vm, ending::Cause},
 };
 
 /// The longest name of a share, in bytes.
@@ -322,6 +323,59 @@ impl Machine for MachineService {
         Ok(UnshareResponse::new())
     }
 
+    async fn attach(
+        &self,
+        _: &TtrpcContext,
+        request: AttachRequest,
+    ) -> ttrpc::Result<AttachResponse> {
+        let taken = |field, tokens: &[u64]| -> Vec<_> {
+            tokens
+                .iter()
+                .map(|token| self.take(field, *token))
+                .collect()
+        };
+        let taps = taken("tap_fds", &request.tap_fds);
+        let vhosts = taken("vhost_fds", &request.vhost_fds);
+        let vm = self.live_vm()?;
+        let all = |taken: Vec<_>| taken.into_iter().collect::<ttrpc::Result<Vec<OwnedFd>>>();
+        let taps = all(taps)?;
+        if !all(vhosts)?.is_empty() {
+            let message = "vhost_fds: this husk-vmm moves the packets itself";
+            return Err(status(Code::UNIMPLEMENTED, message));
+        }
+        let interface = Interface {
+            taps,
+            mac: request.mac,
+            mtu: request.mtu,
+        };
+        let slot = vm.attach(interface).map_err(|e| {
+            let code = match &e {
+                AttachError::Bus(_) => Code::RESOURCE_EXHAUSTED,
+                e => fault(e.is_clients()),
+            };
+            status(code, e)
+        })?;
+        Ok(AttachResponse {
+            slot,
+            ..Default::default()
+        })
+    }
+
+    async fn detach(
+        &self,
+        _: &TtrpcContext,
+        request: DetachRequest,
+    ) -> ttrpc::Result<DetachResponse> {
+        self.vm()?.detach(request.slot).map_err(|e| {
+            let code = match &e {
+                PciError::NotPlugged(_) => Code::NOT_FOUND,
+                _ => Code::INTERNAL,
+            };
+            status(code, e)
+        })?;
+        Ok(DetachResponse::new())
+    }
+
     async fn connect(
         &self,
         _: &TtrpcContext,
@@ -488,15 +542,21 @@ mod tests {
             connections: [9, 1].map(connection).to_vec(),
             ..Default::default()
         };
+        let attach = AttachRequest {
+            tap_fds: vec![9, 1],
+            vhost_fds: vec![8, 2],
+            ..Default::default()
+        };
         type Asked<'a> = Pin<Box<dyn Future<Output = bool> + 'a>>;
         let (s, c) = (&service, &context);
-        let requests: [(u64, Asked<'_>); 6] = [
+        let requests: [(u64, Asked<'_>); 7] = [
             (4, Box::pin(async { s.boot(c, boot(1, 0)).await.is_err() })),
             (4, Box::pin(async { s.boot(c, boot(9, 1)).await.is_err() })),
             (4, Box::pin(async { s.restore(c, restore).await.is_err() })),
             (1, Box::pin(async { s.save(c, save).await.is_err() })),
             (1, Box::pin(async { s.share(c, share).await.is_err() })),
             (1, Box::pin(async { s.connect(c, connect).await.is_err() })),
+            (2, Box::pin(async { s.attach(c, attach).await.is_err() })),
         ];
         for (at, (sent, refused)) in requests.into_iter().enumerate() {
             for token in 1..=sent {

@@ -56,6 +56,7 @@ fn main() -> Result<()> {
         "service" => Role::Service,
         "vcpu" => Role::Vcpu,
         "vsock" => Role::Vsock,
+        "net" => Role::Net,
         "files" => Role::Files,
         _ => bail!("role {role}"),
     };

@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod fs;
+pub mod net;
 pub mod pvpanic;
 pub mod reset_port;
 pub mod rng;

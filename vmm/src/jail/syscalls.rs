@@ -31,6 +31,7 @@ pub(super) fn of(role: Role) -> [&'static [Allowed]; 2] {
         Role::Service => SERVICE,
         Role::Vcpu => VCPU,
         Role::Vsock => VSOCK,
+        Role::Net => NET,
         Role::Files => FILES,
     };
     [COMMON, own]
@@ -38,8 +39,8 @@ pub(super) fn of(role: Role) -> [&'static [Allowed]; 2] {
 
 /// The calls of any thread, and of the one that makes them. What is called most often comes first: a filter
 /// looks at the alternatives of a call in this order.
-pub(super) fn all() -> [&'static [Allowed]; 6] {
-    [COMMON, VCPU, VSOCK, FILES, SERVICE, NURSERY]
+pub(super) fn all() -> [&'static [Allowed]; 7] {
+    [COMMON, VCPU, NET, VSOCK, FILES, SERVICE, NURSERY]
 }
 
 const PROT_EXEC: u32 = libc::PROT_EXEC as u32;
@@ -176,10 +177,17 @@ const SERVICE: &[Allowed] = &[
     ioctl(&[Is(1, KVM_SET_XSAVE)]),
     ioctl(&[Is(1, KVM_SET_XCRS)]),
     ioctl(&[Is(1, KVM_PRE_FAULT_MEMORY)]),
+    // A tap that is plugged in, and what becomes of it when the machine could not be saved.
+    ioctl(&[Is(1, TUNGETIFF)]),
+    ioctl(&[Is(1, TUNSETVNETHDRSZ)]),
+    ioctl(&[Is(1, TUNSETVNETLE)]),
+    ioctl(&[Is(1, TUNSETOFFLOAD)]),
+    ioctl(&[Is(1, TUNSETQUEUE)]),
 ];
 
 /// Running the guest; saying what state it is in; what the guest has devices do at once, that is
-/// interrupts, random bytes, and the end of its connections.
+/// interrupts, random bytes, the end of its connections, and where its plugged-in devices are and what they do
+/// for it.
 const VCPU: &[Allowed] = &[
     ioctl(&[Is(1, KVM_RUN)]),
     ioctl(&[Is(1, KVM_SIGNAL_MSI)]),
@@ -196,6 +204,9 @@ const VCPU: &[Allowed] = &[
     ioctl(&[Is(1, KVM_GET_DEBUGREGS)]),
     ioctl(&[Is(1, KVM_GET_XSAVE2)]),
     ioctl(&[Is(1, KVM_GET_XCRS)]),
+    ioctl(&[Is(1, KVM_IOEVENTFD)]),
+    ioctl(&[Is(1, TUNSETOFFLOAD)]),
+    ioctl(&[Is(1, TUNSETQUEUE)]),
     any(libc::SYS_epoll_ctl),
     any(libc::SYS_recvfrom),
     any(libc::SYS_shutdown),
@@ -211,6 +222,14 @@ const VSOCK: &[Allowed] = &[
     any(libc::SYS_sendmsg),
     any(libc::SYS_sendto),
     any(libc::SYS_shutdown),
+];
+
+/// Packets between the guest and a tap that there is, and how many of its queues are used.
+const NET: &[Allowed] = &[
+    ioctl(&[Is(1, KVM_SIGNAL_MSI)]),
+    ioctl(&[Is(1, TUNSETQUEUE)]),
+    any(libc::SYS_epoll_ctl),
+    any(libc::SYS_epoll_wait),
 ];
 
 /// What is asked for of files (`fs/sys.rs`) in somebody's name (`fs/creds.rs`).
@@ -258,6 +277,13 @@ const FILES: &[Allowed] = &[
 const fn ioctl(conditions: &'static [Condition]) -> Allowed {
     Allowed(libc::SYS_ioctl, conditions)
 }
+
+// Linux `include/uapi/linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = libc::TUNSETOFFLOAD as u32;
+const TUNGETIFF: u32 = libc::TUNGETIFF as u32;
+const TUNSETVNETHDRSZ: u32 = libc::TUNSETVNETHDRSZ as u32;
+const TUNSETQUEUE: u32 = libc::TUNSETQUEUE as u32;
+const TUNSETVNETLE: u32 = libc::TUNSETVNETLE as u32;
 
 // Linux `include/uapi/linux/kvm.h`, in its order of numbers.
 const KVM_GET_API_VERSION: u32 = io(0x00);

@@ -17,6 +17,8 @@ pub enum Role {
     Vcpu,
     /// Moves the bytes of the guest's connections.
     Vsock,
+    /// Moves the guest's packets.
+    Net,
     /// Serves files.
     Files,
 }

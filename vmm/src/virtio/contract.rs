@@ -4,7 +4,7 @@
 
 use std::{
     io::{Read, Write},
-    os::unix::net::UnixStream,
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -19,7 +19,13 @@ use super::{
     queue::testing::{BUFFERS, Count, NEXT, WRITE, offer, ram},
 };
 use crate::{
-    devices::{fs::FsDevice, pvpanic::Pvpanic, rng::Rng, vsock::Vsock},
+    devices::{
+        fs::FsDevice,
+        net::{Net, Tap, tests as net},
+        pvpanic::Pvpanic,
+        rng::Rng,
+        vsock::Vsock,
+    },
     fs::{FileServer, worker_init},
     memory::{Bytes, GuestAddress, GuestRam},
     pci::{Bar, PciDevice, config::HostBridge},
@@ -378,6 +384,78 @@ impl Subject for VsockSubject {
         self.connected = false;
         self.refused = true;
     }
+}
+
+/// Taps with several queues, all in one namespace: one for each device that works, and one for all that only start.
+#[derive(Default)]
+struct NetSubject {
+    taps: Vec<(net::Network, Vec<OwnedFd>)>,
+}
+
+impl NetSubject {
+    const PAIRS: usize = 3;
+    const CONTROL: usize = 2 * Self::PAIRS;
+    const HEADER: usize = 12;
+
+    fn use_pairs(guest: &mut Guest<'_>, transport: &mut VirtioPci, pairs: u8) {
+        let command = [4, 0, pairs, 0, 9];
+        let place = GuestAddress(BUFFERS);
+        guest.ram.write_slice(&command, place).unwrap();
+        let answer = BUFFERS + 4;
+        guest.offer(
+            Self::CONTROL,
+            &[(BUFFERS, 4, NEXT, 1), (answer, 1, WRITE, 0)],
+        );
+        guest.ring(transport, Self::CONTROL);
+        assert_eq!(guest.answer(Self::CONTROL), 1);
+        let answer: u8 = guest.ram.read_obj(GuestAddress(answer)).unwrap();
+        assert_eq!(answer, 0);
+    }
+}
+
+impl Subject for NetSubject {
+    fn device(&mut self) -> Box<dyn VirtioDevice> {
+        let (network, mut queues) = match self.taps.len() {
+            0 => net::Network::new(Self::PAIRS),
+            1 => net::Network::another(Self::PAIRS, "tap1"),
+            // To make and end an interface takes its time.
+            _ => net::Network::another(Self::PAIRS + 1, "tap2"),
+        };
+        let taps = Tap::all(queues.drain(..Self::PAIRS).collect()).unwrap();
+        self.taps.truncate(2);
+        self.taps.push((network, queues));
+        Box::new(Net::new(taps, net::MAC, 1500, Ending::default()).unwrap())
+    }
+
+    /// A frame comes by the first pair, where it is the only one, and one goes by the second.
+    fn work(&mut self, guest: &mut Guest<'_>, transport: &mut VirtioPci) {
+        let (network, _) = self.taps.last().unwrap();
+        let room = BUFFERS + 0x4000;
+        Self::use_pairs(guest, transport, 1);
+        guest.offer(0, &[(room, 2048, WRITE, 0)]);
+        guest.ring(transport, 0);
+        network.send(&net::frame(400, 4));
+        assert_eq!(guest.answer(0), 412);
+        let mut got = vec![0; 400];
+        let place = GuestAddress(room + Self::HEADER as u64);
+        guest.ram.read_slice(&mut got, place).unwrap();
+        assert!(got == net::frame(400, 4));
+
+        Self::use_pairs(guest, transport, 2);
+        let mut packet = vec![0; Self::HEADER];
+        packet.extend(net::frame(300, 3));
+        let place = GuestAddress(BUFFERS);
+        guest.ram.write_slice(&packet, place).unwrap();
+        guest.offer(3, &[(BUFFERS, packet.len() as u32, 0, 0)]);
+        guest.ring(transport, 3);
+        assert_eq!(guest.answer(3), 0);
+        assert!(network.receive() == net::frame(300, 3));
+    }
+}
+
+#[test]
+fn the_net_device_keeps_the_contract() {
+    keeps_the_contract(NetSubject::default());
 }
 
 #[test]

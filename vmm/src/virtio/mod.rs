@@ -32,6 +32,7 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 pub const F_VERSION_1: u64 = 1 << 32;
 
 /// Device ids (§5).
+pub const ID_NET: u16 = 1;
 pub const ID_RNG: u16 = 4;
 pub const ID_VSOCK: u16 = 19;
 pub const ID_FS: u16 = 26;

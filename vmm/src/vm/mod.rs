@@ -6,6 +6,7 @@
 //! A [`Vm`] is driven by the service; its vCPUs and devices run on threads of their own and report
 //! the end to its [`Ending`].
 
+mod attach;
 pub mod boot_params;
 mod bus;
 mod clock;
@@ -23,6 +24,7 @@ pub mod vcpu;
 mod vcpu_state;
 
 pub use self::{
+    attach::{AttachError, Interface},
     restore::{RestoreConfig, RestoreError, Restored},
     save::SaveError,
 };

@@ -9,6 +9,8 @@
 //! | `r` | the byte that fills the block, and 1 when it fills all of it |
 //! | `m` | 0, when the shares are mounted |
 //! | `f` | length (one byte) and content of the file `probe` in the share `probe` |
+//! | `n`, a slot and an IPv4 address | `n`, when the interface that was plugged in there has the address, and an echo answers |
+//! | `x` and a slot | `x`, when the device there is removed |
 
 use std::{
     fs,
@@ -26,6 +28,8 @@ use anyhow::{Context, Result, bail};
 use husk_proto::{AGENT_PORT, HOST_CID, SHARES_TAG};
 use husk_tests::machine::{Clocks, Report};
 use rustix::mount::{MountFlags, mount};
+
+use crate::network;
 
 /// Bytes of memory that a worker fills and sums up, again and again.
 const WORK: usize = 256 << 10;
@@ -52,6 +56,7 @@ pub fn serve(workers: u64) -> Result<()> {
     thread::spawn(nap);
     let mut host = dial()?;
     let mut block = vec![0_u8; BLOCK];
+    let mut echoes = false;
     loop {
         let [command] = read(&mut host)?;
         match command {
@@ -76,6 +81,20 @@ pub fn serve(workers: u64) -> Result<()> {
                 let content = fs::read(format!("{SHARES}/probe/probe")).context("read a share")?;
                 host.write_all(&[content.len() as u8])?;
                 host.write_all(&content)?;
+            }
+            b'n' => {
+                let [slot, address @ ..] = read::<5>(&mut host)?;
+                network::set_up(slot, address.into())?;
+                if !echoes {
+                    network::echo()?;
+                    echoes = true;
+                }
+                host.write_all(b"n")?;
+            }
+            b'x' => {
+                let [slot] = read(&mut host)?;
+                network::remove(slot)?;
+                host.write_all(b"x")?;
             }
             other => bail!("unknown command {other}"),
         }

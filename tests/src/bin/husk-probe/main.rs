@@ -20,6 +20,7 @@
 mod guest;
 mod hostile;
 mod look;
+mod network;
 
 use std::{
     arch::x86_64::__cpuid_count,

@@ -4,6 +4,7 @@
 //! queue      a split virtqueue: rings, chains and indirect tables that the guest writes      vmm
 //! pci        configuration, BARs, MSI-X, ports; the transport; saving all of it              vmm
 //! vsock      packets, receive buffers and the host's sockets                                 vmm
+//! net        packets, receive buffers, commands, and what comes from the tap             vmm
 //! fs         FUSE requests against a real directory                                          vmm
 //! machine    the machine contract: requests, descriptors, raw frames                         vmm
 //! image      what is read from files: a saved machine's state, its page list, a kernel       vmm
@@ -20,6 +21,7 @@ mod driver;
 mod fs;
 mod image;
 mod machine;
+mod net;
 mod pci;
 mod queue;
 mod shim;
@@ -28,10 +30,11 @@ mod vsock;
 /// Runs one input.
 pub type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 8] = [
+const TARGETS: [(&str, Target); 9] = [
     ("queue", queue::run),
     ("pci", pci::run),
     ("vsock", vsock::run),
+    ("net", net::run),
     ("fs", fs::run),
     ("machine", machine::run),
     ("image", image::run),

@@ -53,4 +53,4 @@ macro_rules! targets {
     };
 }
 
-targets!(queue pci vsock fs machine image agent shim);
+targets!(queue pci vsock net fs machine image agent shim);

@@ -14,6 +14,8 @@ mod tap;
 #[cfg(test)]
 pub(crate) mod tests;
 mod transmit;
+#[cfg(feature = "fuzzing")]
+mod turns;
 
 use std::{
     io,
@@ -28,6 +30,8 @@ use std::{
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::tap::{Tap, TapError};
+#[cfg(feature = "fuzzing")]
+pub use self::turns::Turns;
 use self::{pair::Pair, ports::Ports, receive::Receiver, tap::HEADER_SIZE, transmit::Transmitter};
 use crate::{
     jail::{self, Role},

@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-const QUEUE: &str = "receive";
+pub(super) const QUEUE: &str = "receive";
 /// Where the header says how many chains hold the packet (virtio 1.2 §5.1.6.1).
 const NUM_BUFFERS: usize = 10;
 
@@ -121,6 +121,15 @@ impl<'m> Receiver<'m> {
             || self.buffers >= IOVECS_MAX - 1
             // The driver can offer no more.
             || self.free.len() >= usize::from(self.queue.state().size)
+    }
+
+    /// What is at hand is bounded by what a driver can offer, and counted.
+    #[cfg(feature = "fuzzing")]
+    pub(super) fn check(&self) {
+        assert!(self.free.len() <= usize::from(self.queue.state().size));
+        let room: usize = self.free.iter().map(|free| free.room).sum();
+        let buffers: usize = self.free.iter().map(|free| free.buffers.len()).sum();
+        assert_eq!((self.room, self.buffers), (room, buffers));
     }
 
     fn take(&self, tap: &Tap) -> Result<Taken, DeviceError> {

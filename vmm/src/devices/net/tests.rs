@@ -10,7 +10,7 @@ use std::{
 
 use virtio_queue::mock::MockSplitQueue;
 
-use super::*;
+use super::{tap::Given, *};
 use crate::{
     memory::{Bytes, GuestAddress},
     virtio::queue::testing::{BUFFERS, INDIRECT, NEXT, WRITE, offer, queue as testing_queue, ram},
@@ -363,6 +363,50 @@ fn a_chain_of_tiny_buffers_is_sent() {
     assert_eq!(used(&driver), [(0, 0), (1, 0)]);
     assert!(network.receive() == frame(1012, 5));
     assert_eq!(network.receive().len(), 60_000);
+}
+
+/// The packet that a full tap does not take is the next one that it does.
+#[test]
+fn a_full_tap_is_waited_for() {
+    let mut pair = [0; 2];
+    let kind = libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: room for two descriptors, which are new and ours.
+    let [host, tap] = unsafe {
+        let made = libc::socketpair(libc::AF_UNIX, kind, 0, pair.as_mut_ptr());
+        assert_eq!(made, 0);
+        pair.map(|fd| OwnedFd::from_raw_fd(fd))
+    };
+    let (host, tap) = (std::os::unix::net::UnixDatagram::from(host), Tap::from(tap));
+    let ram = ram();
+    let (driver, queue) = testing_queue(&ram, 0);
+    let mut transmitter = Transmitter::new(&ram, queue);
+    let mut full = 0;
+    while matches!(tap.give(&[vector_of(&[1; 20])]), Given::Sent) {
+        full += 1;
+    }
+    ram.write_slice(&[2; 20], GuestAddress(BUFFERS)).unwrap();
+    offer(&driver, 0, &[(BUFFERS, 20, 0, 0)]);
+    let mut ready = true;
+    assert!(!transmitter.turn(&tap, &mut ready).unwrap());
+    assert_eq!((ready, used(&driver)), (false, vec![]));
+    let mut packet = [0; 32];
+    for _ in 0..full {
+        assert_eq!(host.recv(&mut packet).unwrap(), 20);
+    }
+    // Whether it is ready is for others to find out.
+    assert!(!transmitter.turn(&tap, &mut ready).unwrap());
+    assert_eq!(used(&driver), []);
+    assert!(!transmitter.turn(&tap, &mut true).unwrap());
+    assert_eq!(used(&driver), [(0, 0)]);
+    assert_eq!(host.recv(&mut packet).unwrap(), 20);
+    assert_eq!(packet[..20], [2; 20]);
+}
+
+fn vector_of(bytes: &[u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    }
 }
 
 #[test]

@@ -504,7 +504,7 @@ fn the_configuration_is_the_interfaces() {
     net.read_config(10, &mut mtu);
     assert_eq!(u16::from_le_bytes(mtu), 9000);
     net.read_config(u64::MAX, &mut mtu);
-    assert_eq!(net.kind().queues.len(), 5);
+    assert_eq!((net.kind().queues.len(), net.ports.used()), (5, 1));
     assert_eq!(net.kind().features, FEATURES | F_CTRL_VQ | F_MQ);
 }
 

@@ -8,9 +8,12 @@ use crate::{
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_LINK: u16 = 5;
+const IFLA_MASTER: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_AF_SPEC: u16 = 26;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
@@ -27,6 +30,10 @@ pub struct Link {
     pub mac: Vec<u8>,
     /// As in `ip link add type`; empty for hardware.
     pub kind: String,
+    /// The interface that this one is on top of, or whose other end it is, where that is in the same namespace.
+    pub lower: Option<u32>,
+    /// The bridge or bond that this one is a part of.
+    pub master: Option<u32>,
 }
 
 impl Link {
@@ -94,11 +101,15 @@ fn parse(body: &[u8]) -> Option<Link> {
         flags: message::u32(body.get(8..)?)?,
         ..Link::default()
     };
+    let mut elsewhere = false;
     for (kind, value) in Attributes(body.get(16..)?) {
         match kind {
             IFLA_ADDRESS => link.mac = value.to_vec(),
             IFLA_IFNAME => link.name = message::string(value),
             IFLA_MTU => link.mtu = message::u32(value)?,
+            IFLA_LINK => link.lower = message::u32(value),
+            IFLA_LINK_NETNSID => elsewhere = true,
+            IFLA_MASTER => link.master = message::u32(value),
             IFLA_LINKINFO => {
                 let mut info = Attributes(value);
                 let kind = info.find(|(kind, _)| *kind == IFLA_INFO_KIND);
@@ -108,6 +119,9 @@ fn parse(body: &[u8]) -> Option<Link> {
             }
             _ => {}
         }
+    }
+    if elsewhere || link.lower == Some(link.index) {
+        link.lower = None;
     }
     Some(link)
 }

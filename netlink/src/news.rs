@@ -26,6 +26,8 @@ impl News {
     /// Of these groups, `RTNLGRP_*`, in this thread's network namespace.
     pub fn of(groups: &[u32]) -> io::Result<Self> {
         let fd = socket::open(libc::SOCK_NONBLOCK)?;
+        // What has no address of its own hears nothing from the kernel, whose address is 0.
+        socket::bind(&fd)?;
         for group in groups {
             let group = *group as i32;
             let name = libc::NETLINK_ADD_MEMBERSHIP;
@@ -48,28 +50,28 @@ impl News {
             _ => Ok(()),
         }
     }
+}
 
-    /// Takes all that has come. Whether any of it was about something else than these interfaces, by index.
-    pub fn take(&self, of_no_interest: &[u32]) -> io::Result<bool> {
-        let mut room = vec![0; socket::ROOM];
-        let mut news = false;
-        loop {
-            let length = match socket::receive(&self.0, &mut room) {
-                Ok(length) => length,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(news),
-                // Some were lost, which is news too.
-                Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
-                    news = true;
-                    continue;
-                }
-                Err(e) => return Err(e),
-            };
-            let mut rest = room.get(..length).unwrap_or_default();
-            while let Some((header, body, next)) = socket::split(rest) {
-                rest = next;
-                let link = link(header, body);
-                news |= !link.is_some_and(|link| of_no_interest.contains(&link));
+/// Takes all that has come to a [`News`]. Whether any of it was about something else than these interfaces, by index.
+pub fn take(from: impl AsFd, of_no_interest: &[u32]) -> io::Result<bool> {
+    let mut room = vec![0; socket::ROOM];
+    let mut news = false;
+    loop {
+        let length = match socket::receive(from.as_fd(), &mut room) {
+            Ok(length) => length,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(news),
+            // Some were lost, which is news too.
+            Err(e) if e.raw_os_error() == Some(libc::ENOBUFS) => {
+                news = true;
+                continue;
             }
+            Err(e) => return Err(e),
+        };
+        let mut rest = room.get(..length).unwrap_or_default();
+        while let Some((header, body, next)) = socket::split(rest) {
+            rest = next;
+            let link = link(header, body);
+            news |= !link.is_some_and(|link| of_no_interest.contains(&link));
         }
     }
 }
@@ -83,13 +85,6 @@ impl AsFd for News {
 impl From<News> for OwnedFd {
     fn from(news: News) -> Self {
         news.0
-    }
-}
-
-impl From<OwnedFd> for News {
-    /// One that was a [`News`] before.
-    fn from(fd: OwnedFd) -> Self {
-        Self(fd)
     }
 }
 

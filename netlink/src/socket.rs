@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     time::Duration,
 };
 
@@ -106,7 +106,7 @@ impl Socket {
         let mut room = vec![0; ROOM];
         let mut whole = true;
         loop {
-            let length = receive(&self.fd, &mut room).map_err(|e| match e.kind() {
+            let length = receive(self.fd.as_fd(), &mut room).map_err(|e| match e.kind() {
                 io::ErrorKind::WouldBlock => {
                     let message = format!("the kernel did not answer within {LIMIT:?}");
                     io::Error::new(io::ErrorKind::TimedOut, message)
@@ -145,6 +145,22 @@ pub(crate) fn open(flags: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Gives it an address of the kernel's choice.
+pub(crate) fn bind(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: sockaddr_nl is plain data, for which zeroes are a value.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
+    // SAFETY: the address is as long as is said, and outlives the call.
+    check(unsafe {
+        libc::bind(
+            fd.as_raw_fd(),
+            (&raw const address).cast(),
+            size_of::<libc::sockaddr_nl>() as libc::socklen_t,
+        )
+    })
+    .map(drop)
+}
+
 pub(crate) fn option<T>(fd: &OwnedFd, level: i32, name: i32, value: &T) -> io::Result<()> {
     // SAFETY: the value is as long as is said, and outlives the call.
     check(unsafe {
@@ -160,7 +176,7 @@ pub(crate) fn option<T>(fd: &OwnedFd, level: i32, name: i32, value: &T) -> io::R
 }
 
 /// The next datagram, of which nothing is cut off.
-pub(crate) fn receive(fd: &OwnedFd, room: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn receive(fd: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<usize> {
     loop {
         // SAFETY: the buffer is as long as is said.
         let got = unsafe {

@@ -38,7 +38,7 @@ pub(super) fn find(slots: &[u32]) -> Result<Vec<String>, Fault> {
                 break;
             }
             news.wait(left).map_err(failed)?;
-            news.take(&[]).map_err(failed)?;
+            news::take(&news, &[]).map_err(failed)?;
         }
     }
     let named = slots.iter().zip(found).map(|(slot, name)| {

@@ -120,6 +120,7 @@ fn note(group: &str, socket: &Path) -> Result<Record> {
         shim: ProcessId::of(process::id()).context("look at this process")?,
         vmm: None,
         cgroups: Vec::new(),
+        network: None,
     })
 }
 

@@ -20,7 +20,7 @@ use crate::{
     args::Invocation,
     cgroup,
     events::timestamp,
-    hooks, mount,
+    hooks, mount, network,
     process::KILLED_STATUS,
     record::{self, ProcessId, RECORDS, Record},
 };
@@ -100,6 +100,9 @@ fn end_pod(record: &Record) {
         cgroup::kill_all(cgroup, deadline.saturating_duration_since(Instant::now()));
     }
     cgroup::remove(&record.cgroups);
+    if let Some(namespace) = &record.network {
+        network::sweep(namespace);
+    }
     let _ = fs::remove_file(&record.socket);
 }
 
@@ -177,6 +180,7 @@ mod tests {
             shim: ProcessId::of(shim.id()).unwrap(),
             vmm: Some(ProcessId::of(vmm.id()).unwrap()),
             cgroups: Vec::new(),
+            network: None,
         };
         let place = |id| record::directory(&records, "default", id);
         for id in ["group", "one", "other"] {
@@ -224,6 +228,7 @@ mod tests {
                 ..reused
             }),
             cgroups: Vec::new(),
+            network: None,
         };
         let directory = record::directory(&top.path().join("husk"), "default", "x");
         record.write(&directory).unwrap();

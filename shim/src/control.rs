@@ -139,7 +139,12 @@ impl Pod {
             exec_id: exec.to_owned(),
             ..api::StartRequest::default()
         };
-        let answer = match self.running_vm() {
+        let vm = self.running_vm();
+        let looked = match &vm {
+            Ok(vm) if exec.is_empty() => vm.look_for_network().await,
+            _ => Ok(()),
+        };
+        let answer = match looked.and(vm) {
             Ok(vm) => match vm.agent.start(limited(), &request).await {
                 Ok(_) => Ok(()),
                 Err(e) => {

@@ -412,6 +412,7 @@ mod tests {
             shim: ProcessId { pid: 1, started: 1 },
             vmm,
             cgroups: Vec::new(),
+            network: None,
         }
     }
 

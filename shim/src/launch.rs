@@ -56,33 +56,33 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     let kvm = open("KVM", Path::new("/dev/kvm"), true)?;
     let network = match &setup.network {
         Network::New => None,
-        Network::Existing(path) => Some(open("network namespace", path, false)?),
+        Network::Existing(path) => Some((path, open("network namespace", path, false)?)),
     };
+    let network = network.as_ref().map(|(path, fd)| (path.as_path(), fd));
     let start = || {
         let (config, cgroup) = (&setup.config, &setup.cgroup);
-        let started = Vm::start(config, network.as_ref(), cgroup, setup.oom_score_adj);
+        let started = Vm::start(config, network, cgroup, setup.oom_score_adj);
         setup.timeline.mark("vmm");
         started
     };
     let (vm, agent) = start()?;
     let (template, wanted) = look_up(setup);
-    let launched = |vm, events| Launched { vm, events, wanted };
     let Some(template) = template else {
         let events = boot(setup, &vm, &kvm, agent).await?;
-        return Ok(launched(vm, events));
+        return connected(setup, Launched { vm, events, wanted }).await;
     };
     let why = match restore(setup, &vm, &kvm, &agent, &template).await {
         Ok(added) => {
             drop(agent);
             match greet_clone(setup, &vm, &template, added).await {
-                Ok(events) => return Ok(launched(vm, events)),
+                Ok(events) => return connected(setup, Launched { vm, events, wanted }).await,
                 Err(why) => why,
             }
         }
         Err(why) => {
             log::warn!("template {}: {why}: booting instead", template.key);
             match boot(setup, &vm, &kvm, agent).await {
-                Ok(events) => return Ok(launched(vm, events)),
+                Ok(events) => return connected(setup, Launched { vm, events, wanted }).await,
                 Err(fault) => {
                     distrust(setup, &template);
                     fault
@@ -94,7 +94,30 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     log::warn!("the clone's VM is given up ({why}): booting in a new one");
     let (vm, agent) = start()?;
     let events = boot(setup, &vm, &kvm, agent).await?;
-    Ok(launched(vm, events))
+    connected(setup, Launched { vm, events, wanted }).await
+}
+
+/// Plugs the pod's network into a guest that runs, and has it set without waiting for it: `Create` does. If that
+/// fails, the VM is gone when this returns.
+async fn connected(setup: &Setup, launched: Launched) -> Result<Launched, Fault> {
+    let vm = &launched.vm;
+    if setup.network == Network::New {
+        return Ok(launched);
+    }
+    if let Err(fault) = vm.plug_network().await {
+        vm.stop().await;
+        return Err(fault);
+    }
+    setup.timeline.mark("plugged");
+    let (vm, timeline) = (vm.clone(), setup.timeline.clone());
+    tokio::spawn(async move {
+        // Whoever needs it asks again, and hears what is wrong.
+        if vm.set_network().await.is_ok() {
+            timeline.mark("network");
+            vm.follow_network();
+        }
+    });
+    Ok(launched)
 }
 
 /// The template to start from, or what one would have to be made of.

@@ -17,6 +17,7 @@
 //!           ration, untrusted            how much of what they say is listened to, and shown
 //!           spec, namespaces, devices,   what of the host the guest gets to see
 //!           shares, idmap, mount
+//!           network                      what CNI has left, made the guest's
 //!           hooks, hook_times            what of the specification runs on the host
 //!           host_program                 as a process
 //!           events                       what containerd is told
@@ -52,6 +53,7 @@ pub mod logger;
 pub mod machine;
 pub mod mount;
 pub mod namespaces;
+pub mod network;
 pub mod options;
 pub mod pod;
 pub mod pod_record;

@@ -25,7 +25,9 @@ use ttrpc::{
     context,
 };
 
-use crate::{config::Config, fault::Fault, ration::Rationed, ready, shares::Share, untrusted};
+use crate::{
+    config::Config, fault::Fault, network::Tap, ration::Rationed, ready, shares::Share, untrusted,
+};
 
 /// For any request that the VMM can answer by itself.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -218,6 +220,33 @@ impl Machine {
         };
         let answer = self.client.unshare(limited(), &request).await;
         answer.map_err(|e| Fault::of_call(&format!("unshare {}", request.name), e))?;
+        Ok(())
+    }
+
+    /// Plugs a tap in as a network interface; the slot on the guest's PCI bus that it has there.
+    pub async fn attach(&self, tap: Tap) -> Result<u32, Fault> {
+        let mut request = api::AttachRequest {
+            mac: tap.mac,
+            mtu: tap.mtu,
+            ..api::AttachRequest::default()
+        };
+        for queue in &tap.queues {
+            request.tap_fds.push(self.send(queue).await?);
+        }
+        drop(tap.queues);
+        let answer = self.client.attach(limited(), &request).await;
+        let what = format!("plug in interface {}", tap.interface);
+        Ok(answer.map_err(|e| Fault::of_call(&what, e))?.slot)
+    }
+
+    /// Pulls the network interface in this slot out.
+    pub async fn detach(&self, slot: u32) -> Result<(), Fault> {
+        let request = api::DetachRequest {
+            slot,
+            ..api::DetachRequest::default()
+        };
+        let answer = self.client.detach(limited(), &request).await;
+        answer.map_err(|e| Fault::of_call(&format!("pull out the interface in slot {slot}"), e))?;
         Ok(())
     }
 

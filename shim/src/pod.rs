@@ -275,7 +275,7 @@ impl Pod {
                 return Err(self.explained(vm, fault).await);
             }
         }
-        vm.ready().await?;
+        vm.set_network().await?;
 
         let create = api::CreateContainerRequest {
             container_id: request.id.clone(),

@@ -12,6 +12,7 @@ use crate::{
     launch::Setup,
     pod::Pod,
     record::{self, ProcessId, RECORDS, Record},
+    spec::Network,
     vm::Vm,
 };
 
@@ -28,7 +29,11 @@ impl Pod {
     pub(crate) fn note_start(&self, setup: &Setup) {
         let cgroup = cgroup::root().map(|root| root.join(&setup.cgroup));
         let cgroups = cgroup.filter(|path| !path.exists()).into_iter().collect();
-        if let Err(e) = self.write_record_with(None, cgroups) {
+        let network = match &setup.network {
+            Network::Existing(path) => Some(path.clone()),
+            Network::New => None,
+        };
+        if let Err(e) = self.write_record_with(None, cgroups, network) {
             log::warn!("write the pod's record: {e}");
         }
     }
@@ -36,16 +41,23 @@ impl Pod {
     /// Replaces the record by one of this shim, and of its VM if there is one.
     pub(crate) fn write_record(&self, vm: Option<&Vm>) -> io::Result<()> {
         let cgroups = vm.map(|vm| vm.cgroups().to_vec()).unwrap_or_default();
-        self.write_record_with(vm, cgroups)
+        let network = vm.and_then(Vm::network_namespace).map(Path::to_owned);
+        self.write_record_with(vm, cgroups, network)
     }
 
-    fn write_record_with(&self, vm: Option<&Vm>, cgroups: Vec<PathBuf>) -> io::Result<()> {
+    fn write_record_with(
+        &self,
+        vm: Option<&Vm>,
+        cgroups: Vec<PathBuf>,
+        network: Option<PathBuf>,
+    ) -> io::Result<()> {
         let record = Record {
             pod: self.identity.id.clone(),
             socket: self.identity.socket.clone(),
             shim: ProcessId::of(process::id())?,
             vmm: vm.and_then(|vm| ProcessId::of(vm.pid).ok()),
             cgroups,
+            network,
         };
         record.write(&self.record_of(&self.identity.id))
     }

@@ -36,6 +36,9 @@ pub struct Record {
     /// cgroups made for the VMM, outermost first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cgroups: Vec<PathBuf>,
+    /// The pod's network namespace, where it was there before the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<PathBuf>,
 }
 
 /// Where the record of container `id` lies.
@@ -183,6 +186,7 @@ mod tests {
             shim: ProcessId::of(id()).unwrap(),
             vmm: None,
             cgroups: vec!["/c".into()],
+            network: Some("/run/netns/a".into()),
         };
         record.write(&directory).unwrap();
         assert_eq!(Record::read(&directory).unwrap(), record);

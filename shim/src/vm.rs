@@ -6,9 +6,11 @@
 
 use std::{
     fmt,
+    fs::File,
+    io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -34,6 +36,7 @@ use crate::{
     fault::Fault,
     identity::{self, ClockSteps},
     machine::{Added, Machine},
+    network::{self, Network},
     ration::Rationed,
     timeline::Timeline,
     untrusted,
@@ -115,6 +118,11 @@ pub struct Vm {
     pub machine: Machine,
     pub agent: AgentClient,
     cgroups: Vec<PathBuf>,
+    /// The pod's network namespace.
+    namespace: Option<OwnedFd>,
+    /// What it has for the guest; none where it is new, and empty.
+    network: OnceLock<Network>,
+    vcpus: u32,
     /// What it boots from, for errors.
     images: String,
     phase: watch::Sender<Phase>,
@@ -135,7 +143,7 @@ impl Vm {
     /// is to be joined to: when all copies of it are gone, so is the agent.
     pub fn start(
         config: &Config,
-        network: Option<&OwnedFd>,
+        network: Option<(&Path, &OwnedFd)>,
         cgroup: &Path,
         oom_score_adj: i64,
     ) -> Result<(Arc<Self>, OwnedFd), Fault> {
@@ -149,7 +157,25 @@ impl Vm {
             Some(root) => Some(PodCgroup::create(root, cgroup).map_err(Fault::internal)?),
             None => None,
         };
-        let vmm = Vmm::start(config, remote, network, cgroup)?;
+        // May fail, so it comes before anything that would have to be undone.
+        let given = network
+            .map(|(path, fd)| Ok((path, fd.try_clone()?, fd.try_clone()?)))
+            .transpose()
+            .map_err(|e: io::Error| Fault::internal(e))?;
+        let vmm = Vmm::start(config, remote, network.map(|(_, fd)| fd), cgroup)?;
+        let network = OnceLock::new();
+        let namespace = match given {
+            Some((path, namespace, carried)) => {
+                let _ = network.set(Network::begin(carried, path, config.vcpus));
+                Some(namespace)
+            }
+            None => {
+                let own = File::open(own_namespace(vmm.pid));
+                own.map(OwnedFd::from)
+                    .inspect_err(|e| log::warn!("its network namespace: {e}"))
+                    .ok()
+            }
+        };
         vmm.adjust_oom_score(oom_score_adj);
         let (verdicts, verdict_receiver) = mpsc::channel(4);
         let vm = Arc::new(Self {
@@ -157,6 +183,9 @@ impl Vm {
             machine,
             agent: AgentClient::new(Client::new(Socket::new(Rationed::new(agent_socket)))),
             cgroups: vmm.cgroups.clone(),
+            namespace,
+            network,
+            vcpus: config.vcpus,
             images: format!(
                 "kernel {}, initrd {}",
                 config.kernel.display(),
@@ -187,6 +216,63 @@ impl Vm {
         let greeting = self.clone().greet(events, limit, timeline, growth);
         tokio::spawn(greeting);
         receiver
+    }
+
+    /// The network namespace that the pod was given.
+    pub fn network_namespace(&self) -> Option<&Path> {
+        self.network.get().map(Network::path)
+    }
+
+    /// Plugs the pod's network in, while the guest boots or its agent is greeted. For a machine that runs.
+    pub async fn plug_network(&self) -> Result<(), Fault> {
+        match self.network.get() {
+            Some(network) => network.plug(&self.machine).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has the guest set the pod's network, once its agent is ready. May be called again, and does it once.
+    pub async fn set_network(&self) -> Result<(), Fault> {
+        self.ready().await?;
+        match self.network.get() {
+            Some(network) => network.set(&self.agent).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Carries what somebody has put into a network namespace that was new (`ctr run --cni`, hooks).
+    pub async fn look_for_network(self: &Arc<Self>) -> Result<(), Fault> {
+        let is_new = self.network.get().is_none();
+        let (true, Some(namespace)) = (is_new, &self.namespace) else {
+            return Ok(());
+        };
+        if !network::has_interfaces(self.pid) {
+            return Ok(());
+        }
+        let namespace = namespace.try_clone().map_err(Fault::internal)?;
+        let own = own_namespace(self.pid);
+        self.network
+            .get_or_init(|| Network::begin(namespace, &own, self.vcpus));
+        self.plug_network().await?;
+        self.set_network().await?;
+        self.follow_network();
+        Ok(())
+    }
+
+    /// Carries what comes into the pod's network namespace from now on, until the VM's end.
+    pub fn follow_network(self: &Arc<Self>) {
+        let vm = self.clone();
+        tokio::spawn(async move {
+            let Some(network) = vm.network.get() else {
+                return;
+            };
+            tokio::select! {
+                _ = vm.ended() => {}
+                fault = network.follow(&vm.machine, &vm.agent) => {
+                    log::warn!("what becomes of the pod's network is not followed: {fault}");
+                }
+            }
+        });
     }
 
     /// cgroups that were made for this VM, outermost first.
@@ -323,6 +409,11 @@ impl Vm {
     }
 }
 
+/// By which the network namespace of the VMM's process is known.
+fn own_namespace(pid: u32) -> PathBuf {
+    format!("/proc/{pid}/ns/net").into()
+}
+
 /// Says that somebody was silent for too long.
 pub fn unanswered(who: &str, limit: Duration) -> String {
     format!(
@@ -361,6 +452,9 @@ async fn watch(vm: Arc<Vm>, vmm: Vmm, mut verdicts: mpsc::Receiver<Verdict>) {
     };
     vmm.kill();
     let status = vmm.collect(KILLED).await;
+    if let Some(network) = vm.network.get() {
+        network.undo().await;
+    }
     let why = match why {
         Some(why) => why,
         None => {

@@ -1,7 +1,7 @@
 //! Commands whose every wait has an end: run one, feed it, collect what it says.
 
 use std::{
-    fmt,
+    fmt, fs,
     io::{Read, Write},
     os::unix::process::ExitStatusExt,
     process::{Child, Command, ExitStatus, Stdio},
@@ -183,4 +183,24 @@ pub fn eventually<T>(deadline: Instant, mut ask: impl FnMut() -> Option<T>) -> O
         // What asks is often a command, and takes the CPU that the answer waits for.
         thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Signals every process of this name: these tests run one at a time, alone in their lab.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn signal_by_name(signal: &str, name: &str) {
+    let mut signalled = 0;
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let path = entry.path();
+        let exe = fs::read_link(path.join("exe")).unwrap_or_default();
+        if exe.file_name().is_some_and(|file| file == name) {
+            let pid = entry.file_name();
+            let pid = pid.to_str().expect("a pid");
+            run(Command::new("kill").args([signal, pid]), b"").ok();
+            signalled += 1;
+        }
+    }
+    assert!(signalled > 0, "no process runs {name}");
 }

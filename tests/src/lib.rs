@@ -4,12 +4,14 @@
 pub mod bare;
 pub mod bundle;
 pub mod census;
+pub mod cni;
 pub mod command;
 pub mod containerd;
 pub mod cpio;
 pub mod ctr;
 pub mod events;
 pub mod machine;
+pub mod netns;
 pub mod settings;
 pub mod steady;
 pub mod tap;

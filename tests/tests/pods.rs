@@ -4,7 +4,7 @@ use std::{fs, os::unix::net::UnixListener, process::Command, time::Instant};
 
 use husk_tests::{
     census::Census,
-    command::{self, PATIENCE, eventually},
+    command::{self, PATIENCE, eventually, signal_by_name},
     ctr::{Container, Run, Runtime, ctr, fresh_id},
 };
 
@@ -144,20 +144,4 @@ fn a_trace_of_any_kind_is_seen() {
     }
     assert!(all.is_some(), "not seen: {:?} in {news:#?}", missed(&news));
     before.assert_restored();
-}
-
-/// Signals every process of this name: these tests run one at a time, alone in their lab.
-fn signal_by_name(signal: &str, name: &str) {
-    let mut signalled = 0;
-    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-        let path = entry.path();
-        let exe = fs::read_link(path.join("exe")).unwrap_or_default();
-        if exe.file_name().is_some_and(|file| file == name) {
-            let pid = entry.file_name();
-            let pid = pid.to_str().expect("a pid");
-            command::run(Command::new("kill").args([signal, pid]), b"").ok();
-            signalled += 1;
-        }
-    }
-    assert!(signalled > 0, "no process runs {name}");
 }

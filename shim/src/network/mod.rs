@@ -1,0 +1,369 @@
+//! The pod's network: what CNI has left in the pod's network namespace is carried into the guest.
+//!
+//! Each interface there gets a tap beside it, and every packet goes from the one to the other (`redirect`); the tap
+//! becomes the guest's interface, with the same name, hardware address, addresses and routes (`survey`). In the
+//! namespace everything stays as CNI made it, for CNI to check and delete, but nothing there sees a packet any more:
+//! docs/decisions/0015.
+//!
+//! The namespace is entered by a thread of its own; what it has opened there goes on belonging to it wherever it is used.
+
+mod carry;
+mod redirect;
+mod survey;
+mod tap;
+
+use std::{
+    convert::Infallible,
+    fs, io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::Duration,
+};
+
+use husk_netlink::{Refusal, Socket, news};
+use husk_proto::{agent as api, agent_ttrpc::AgentClient};
+use thiserror::Error;
+use tokio::{
+    io::Interest,
+    sync::{OnceCell, oneshot, watch},
+    time::timeout,
+};
+use ttrpc::context;
+
+use crate::{fault::Fault, machine::Machine, ready};
+
+use carry::Made;
+pub use tap::Tap;
+
+/// For the kernel to make, or to take away, all of a pod's taps.
+const LIMIT: Duration = Duration::from_secs(20);
+/// For the agent to find its interfaces and to set them.
+const ANSWER: Duration = Duration::from_secs(30);
+/// Bytes of stack for the thread that enters the namespace.
+const STACK: usize = 128 << 10;
+
+#[derive(Clone, Debug, Error)]
+pub enum NetworkError {
+    #[error("network namespace {path}: {cause}")]
+    Namespace {
+        path: PathBuf,
+        cause: Arc<io::Error>,
+    },
+    #[error("network namespace {0}: it is the host's own, which a microVM cannot share")]
+    Hosts(PathBuf),
+    #[error("network namespace {path}: {what}: {cause}")]
+    Kernel {
+        path: PathBuf,
+        what: String,
+        cause: Arc<Refusal>,
+    },
+    #[error("network namespace {path}: interface {interface}: {what}: {cause}")]
+    Interface {
+        path: PathBuf,
+        interface: String,
+        what: &'static str,
+        cause: Arc<Refusal>,
+    },
+    #[error("network namespace {path}: {subject}: {reason}")]
+    Unfit {
+        path: PathBuf,
+        subject: String,
+        reason: String,
+    },
+    #[error("network namespace {path}: nothing was heard of it within {LIMIT:?}")]
+    Silent { path: PathBuf },
+}
+
+/// Empty once it is undone.
+type Shared = Arc<Mutex<Option<Made>>>;
+type Outcome = Result<Shared, NetworkError>;
+
+/// A pod's network, from the moment that its namespace is looked at. [`Network::undo`] ends it.
+#[derive(Debug)]
+pub struct Network {
+    path: PathBuf,
+    namespace: Arc<OwnedFd>,
+    /// Of each interface.
+    queues: u32,
+    outcome: watch::Receiver<Option<Outcome>>,
+    set: OnceCell<()>,
+}
+
+impl Network {
+    /// Begins to carry the namespace; so many queues for each interface. `path` is its name in errors.
+    pub fn begin(namespace: OwnedFd, path: &Path, queues: u32) -> Self {
+        let (path, namespace) = (path.to_owned(), Arc::new(namespace));
+        let (tell, outcome) = watch::channel(None);
+        let make = {
+            let (path, namespace) = (path.clone(), namespace.clone());
+            move || {
+                let made = enter(&namespace, &path).and_then(|()| Made::make(&path, queues));
+                tell.send_replace(Some(made.map(|made| Arc::new(Mutex::new(Some(made))))));
+            }
+        };
+        let outcome = match spawn(make) {
+            Ok(()) => outcome,
+            Err(cause) => {
+                let cause = Arc::new(cause);
+                let failed = NetworkError::Namespace {
+                    path: path.clone(),
+                    cause,
+                };
+                watch::channel(Some(Err(failed))).1
+            }
+        };
+        Self {
+            path,
+            namespace,
+            queues,
+            outcome,
+            set: OnceCell::new(),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    async fn made(&self) -> Outcome {
+        let mut outcome = self.outcome.clone();
+        let silent = || NetworkError::Silent {
+            path: self.path.clone(),
+        };
+        let told = timeout(LIMIT, outcome.wait_for(Option::is_some)).await;
+        let told = told.map_err(|_| silent())?.map_err(|_| silent())?;
+        told.clone().unwrap_or_else(|| Err(silent()))
+    }
+
+    /// Plugs every interface into a machine that runs.
+    pub async fn plug(&self, machine: &Machine) -> Result<(), Fault> {
+        let made = self.made().await.map_err(Fault::invalid)?;
+        self.plug_what_is_not(&made, machine).await
+    }
+
+    async fn plug_what_is_not(&self, made: &Shared, machine: &Machine) -> Result<(), Fault> {
+        let taps: Vec<(u32, Tap)> = {
+            let mut made = lock(made);
+            let carried = made.iter_mut().flat_map(|made| &mut made.carried);
+            let taps = carried.map(|carried| Some((carried.index, carried.tap.take()?)));
+            taps.flatten().collect()
+        };
+        for (index, tap) in taps {
+            let attached = machine.attach(tap).await;
+            let mut made = lock(made);
+            let Some(made) = made.as_mut() else {
+                return Err(self.is_gone());
+            };
+            let slot = attached.inspect_err(|_| made.forget(index))?;
+            let mut carried = made.carried.iter_mut();
+            if let Some(carried) = carried.find(|carried| carried.index == index) {
+                carried.interface.slot = slot;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the guest set them, once: the first caller does it, the others wait for it.
+    pub async fn set(&self, agent: &AgentClient) -> Result<(), Fault> {
+        let set = self.set.get_or_try_init(|| async {
+            let made = self.made().await.map_err(Fault::invalid)?;
+            let request = lock(&made).as_ref().map(Made::request);
+            let request = request.ok_or_else(|| self.is_gone())?;
+            if request.interfaces.is_empty() && request.routes.is_empty() {
+                return Ok(());
+            }
+            tell(agent, &request).await
+        });
+        set.await.copied()
+    }
+
+    /// Carries what comes into the namespace later, and takes out of the guest what goes. Returns when that is no longer
+    /// possible, and says why.
+    pub async fn follow(&self, machine: &Machine, agent: &AgentClient) -> Fault {
+        match self.follow_news(machine, agent).await {
+            Err(fault) => fault,
+            Ok(never) => match never {},
+        }
+    }
+
+    async fn follow_news(
+        &self,
+        machine: &Machine,
+        agent: &AgentClient,
+    ) -> Result<Infallible, Fault> {
+        let made = self.made().await.map_err(Fault::invalid)?;
+        let news = lock(&made).as_mut().and_then(|made| made.news.take());
+        let news = news.ok_or_else(|| self.is_gone())?;
+        let news = ready::watch(news.into(), Interest::READABLE).map_err(Fault::internal)?;
+        loop {
+            let mut ready = news.readable().await.map_err(Fault::internal)?;
+            ready.clear_ready();
+            let ours: Vec<u32> = match lock(&made).as_ref() {
+                Some(made) => made.carried.iter().map(|c| c.tap_index).collect(),
+                None => return Err(self.is_gone()),
+            };
+            if !news::take(news.get_ref(), &ours).map_err(Fault::internal)? {
+                continue;
+            }
+            if let Err(fault) = self.catch_up(&made, machine, agent).await {
+                log::warn!("what has changed there is not carried into the guest: {fault}");
+            }
+        }
+    }
+
+    /// Makes the guest's network what the namespace's is by now.
+    async fn catch_up(
+        &self,
+        made: &Shared,
+        machine: &Machine,
+        agent: &AgentClient,
+    ) -> Result<(), Fault> {
+        if !self.look(made.clone()).await? {
+            return Ok(());
+        }
+        self.plug_what_is_not(made, machine).await?;
+        let (request, gone) = {
+            let mut made = lock(made);
+            let made = made.as_mut().ok_or_else(|| self.is_gone())?;
+            (made.request(), std::mem::take(&mut made.gone))
+        };
+        // The guest first: it is told of an interface's end before the interface is pulled.
+        let told = tell(agent, &request).await;
+        for slot in gone {
+            machine.detach(slot).await?;
+        }
+        told
+    }
+
+    /// Looks at the namespace again, on a thread that is in it. Whether anything has changed.
+    async fn look(&self, made: Shared) -> Result<bool, Fault> {
+        let (answer, answered) = oneshot::channel();
+        let (namespace, path, queues) = (self.namespace.clone(), self.path.clone(), self.queues);
+        let look = move || {
+            let looked = enter(&namespace, &path).and_then(|()| match lock(&made).as_mut() {
+                Some(made) => made.look(queues),
+                None => Ok(false),
+            });
+            // Whoever asked may be gone.
+            let _ = answer.send(looked);
+        };
+        spawn(look).map_err(Fault::internal)?;
+        match timeout(LIMIT, answered).await {
+            Ok(Ok(looked)) => looked.map_err(Fault::invalid),
+            _ => Err(Fault::internal(NetworkError::Silent {
+                path: self.path.clone(),
+            })),
+        }
+    }
+
+    fn is_gone(&self) -> Fault {
+        Fault::precondition(format_args!(
+            "network namespace {}: its pod has gone",
+            self.path.display()
+        ))
+    }
+
+    /// Leaves nothing of it in the namespace. The VMM, which has the taps, is gone by then. Bounded.
+    pub async fn undo(&self) {
+        let made = match self.made().await {
+            Ok(made) => made,
+            // Whoever could not make it has taken it back.
+            Err(NetworkError::Silent { path }) => {
+                return log::error!("network namespace {}: left as it is", path.display());
+            }
+            Err(_) => return,
+        };
+        let (tell, done) = oneshot::channel();
+        let undone = spawn(move || {
+            let made = lock(&made).take();
+            if let Some(made) = made {
+                made.unmake();
+            }
+            // Its end may be waited for by nobody.
+            let _ = tell.send(());
+        });
+        if undone.is_err() || timeout(LIMIT, done).await.is_err() {
+            log::error!("network namespace {}: left as it is", self.path.display());
+        }
+    }
+}
+
+async fn tell(agent: &AgentClient, request: &api::SetNetworkRequest) -> Result<(), Fault> {
+    let limited = context::with_duration(ANSWER);
+    let answer = agent.set_network(limited, request).await;
+    answer.map_err(|e| Fault::of_call("set the pod's network", e))?;
+    Ok(())
+}
+
+/// Whether a process' network namespace has more than its loopback.
+pub fn has_interfaces(pid: u32) -> bool {
+    // Two lines of headings.
+    let list = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap_or_default();
+    let mut names = list
+        .lines()
+        .skip(2)
+        .filter_map(|line| line.split(':').next());
+    names.any(|name| name.trim() != "lo")
+}
+
+fn lock(made: &Mutex<Option<Made>>) -> MutexGuard<'_, Option<Made>> {
+    made.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn spawn(act: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let thread = thread::Builder::new().name("husk-network".into());
+    thread.stack_size(STACK).spawn(act).map(drop)
+}
+
+/// Moves this thread into the namespace, for good.
+fn enter(namespace: &OwnedFd, path: &Path) -> Result<(), NetworkError> {
+    let failed = |cause: io::Error| NetworkError::Namespace {
+        path: path.to_owned(),
+        cause: Arc::new(cause),
+    };
+    let of = |file: fs::Metadata| (file.dev(), file.ino());
+    let theirs = fs::File::from(namespace.try_clone().map_err(failed)?);
+    let theirs = theirs.metadata().map(of).map_err(failed)?;
+    for own in ["/proc/thread-self/ns/net", "/proc/1/ns/net"] {
+        // Not everybody may look at the first process'.
+        if fs::metadata(own).map(of).is_ok_and(|own| own == theirs) {
+            return Err(NetworkError::Hosts(path.to_owned()));
+        }
+    }
+    // SAFETY: setns(2) takes numbers only, and moves this thread alone.
+    if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+        return Err(failed(io::Error::last_os_error()));
+    }
+    Ok(())
+}
+
+/// Takes out of a namespace what a shim that was lost has left in it. What is in use stays.
+pub fn sweep(path: &Path) {
+    let path = path.to_owned();
+    let swept = thread::Builder::new().spawn(move || {
+        let Ok(namespace) = fs::File::open(&path) else {
+            return Ok(());
+        };
+        enter(&namespace.into(), &path)?;
+        let failed = |cause| NetworkError::Kernel {
+            path: path.clone(),
+            what: "remove what redirects packets".into(),
+            cause: Arc::new(cause),
+        };
+        let mut socket = Socket::open().map_err(|e| failed(e.into()))?;
+        redirect::sweep(&mut socket).map_err(failed)
+    });
+    match swept.map(thread::JoinHandle::join) {
+        Ok(Ok(Err(e))) => eprintln!("{e}"),
+        Ok(Ok(Ok(()))) => {}
+        _ => eprintln!("sweep a network namespace: no thread"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

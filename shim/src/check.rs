@@ -17,7 +17,7 @@ use std::{
 use crate::{
     cgroup,
     config::{CONFIG, Config, Sharing},
-    core_scheduling,
+    core_scheduling, network,
     options::Options,
     record::RECORDS,
     templates::Store,
@@ -108,6 +108,7 @@ pub fn findings() -> Vec<Finding> {
         &fs::read_to_string("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default(),
     ));
     findings.push(landlock(landlock_abi()));
+    findings.push(pods_network(network::trial()));
     let path = env::var_os("PATH").unwrap_or_default();
     let found = containerd::find(Path::new("/proc"), &path);
     findings.extend(containerd::findings(found.as_ref(), containerd::ask));
@@ -172,6 +173,19 @@ fn user_namespaces(most: &str) -> Finding {
             "sysctl user.max_user_namespaces=10000",
         ),
         most => Finding::good(subject, format!("up to {most}")),
+    }
+}
+
+/// `tried` is what has failed of a trial, and why.
+fn pods_network<E: fmt::Display>(tried: Result<(), (&'static str, E)>) -> Finding {
+    let subject = "network";
+    match tried {
+        Ok(()) => Finding::good(subject, "taps, and packets redirected to them"),
+        Err((what, cause)) => Finding::advice(
+            subject,
+            format!("{what}: {cause}; pods with a network do not start"),
+            "modprobe tun sch_ingress cls_u32 act_mirred, or boot a kernel that has them",
+        ),
     }
 }
 
@@ -636,6 +650,26 @@ mod tests {
         assert_eq!(line("6.1.9", "Y\n", plain).unwrap(), "advice");
         assert_eq!(line("6.1.9", "Y\n", often).unwrap(), "ok");
         assert_eq!(line("6.1.9", "N\n", plain).unwrap(), "ok");
+    }
+
+    #[test]
+    fn a_host_that_cannot_carry_a_network_is_told_what_is_missing() {
+        assert!(
+            pods_network(Ok::<(), (_, &str)>(()))
+                .to_string()
+                .starts_with("ok ")
+        );
+        let line = pods_network(Err(("make a tap", "no"))).to_string();
+        assert!(
+            line.starts_with("advice  network: make a tap: no; "),
+            "{line}"
+        );
+        // This machine's tests of networks need the same.
+        let said = pods_network(network::trial()).to_string();
+        assert!(
+            said.starts_with("ok ") || said.contains("modprobe"),
+            "{said}"
+        );
     }
 
     #[test]

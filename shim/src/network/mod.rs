@@ -11,6 +11,7 @@ mod carry;
 mod redirect;
 mod survey;
 mod tap;
+mod trial;
 
 use std::{
     convert::Infallible,
@@ -39,6 +40,7 @@ use crate::{fault::Fault, machine::Machine, ready};
 
 use carry::Made;
 pub use tap::Tap;
+pub use trial::trial;
 
 /// For the kernel to make, or to take away, all of a pod's taps.
 const LIMIT: Duration = Duration::from_secs(20);

@@ -82,6 +82,14 @@ pub enum PciError {
     NotPlugged(u32),
 }
 
+/// What is in a slot.
+enum Slot {
+    Taken(Occupant),
+    /// Nothing any more. The guest may not have noticed: where the BAR was it reads zeros, for Linux' driver waits
+    /// without end until the status of a device that it lets go of reads zero (`vp_reset`), gone or not.
+    Pulled(Option<Bar>),
+}
+
 /// A device in its slot.
 struct Occupant {
     device: Box<dyn PciDevice>,
@@ -93,7 +101,7 @@ struct Occupant {
 pub struct PciBus {
     /// The configuration address last written to port 0xcf8.
     address: u32,
-    slots: Vec<Option<Occupant>>,
+    slots: Vec<Slot>,
     next_bar: u64,
 }
 
@@ -124,7 +132,8 @@ impl PciBus {
         self.occupy(device, None).map(drop)
     }
 
-    /// Puts a device into a free slot, whose number is the answer. The guest finds it when it looks.
+    /// Puts a device into a free slot, whose number is the answer. The guest finds it when it looks, and does not
+    /// where it thinks that it knows what is there. So slots that have been used come last.
     pub fn plug(
         &mut self,
         name: &'static str,
@@ -138,33 +147,36 @@ impl PciBus {
         device: Box<dyn PciDevice>,
         plugged: Option<&'static str>,
     ) -> Result<u32, PciError> {
-        let free = self.slots.iter().position(Option::is_none);
-        let slot = free.unwrap_or(self.slots.len());
-        let occupant = Some(Occupant { device, plugged });
-        match self.slots.get_mut(slot) {
-            Some(place) => *place = occupant,
-            None if slot < SLOTS => self.slots.push(occupant),
-            None => return Err(PciError::NoSlot),
+        let occupant = Slot::Taken(Occupant { device, plugged });
+        if self.slots.len() < SLOTS {
+            self.slots.push(occupant);
+            return Ok(self.slots.len() as u32 - 1);
         }
-        Ok(slot as u32)
+        let mut slots = (0..).zip(&mut self.slots);
+        let pulled = slots.find(|(_, slot)| matches!(slot, Slot::Pulled(_)));
+        let (number, slot) = pulled.ok_or(PciError::NoSlot)?;
+        *slot = occupant;
+        Ok(number)
     }
 
     /// Takes out what was plugged into a slot, whatever it is doing. The guest then finds nobody there.
     pub fn unplug(&mut self, slot: u32) -> Result<(), PciError> {
         let place = usize::try_from(slot).ok();
         let place = place.and_then(|slot| self.slots.get_mut(slot));
-        let occupant = place
-            .and_then(|place| place.take_if(|occupant| occupant.plugged.is_some()))
-            .ok_or(PciError::NotPlugged(slot))?;
-        let mut device = occupant.device;
-        device.stop();
-        device.unplug();
+        let Some(place) = place.filter(|place| place.plugged().is_some()) else {
+            return Err(PciError::NotPlugged(slot));
+        };
+        let bar = place.device().and_then(|device| device.bar());
+        if let Some(device) = place.device() {
+            device.stop();
+            device.unplug();
+        }
+        *place = Slot::Pulled(bar);
         Ok(())
     }
 
     fn devices(&mut self) -> impl Iterator<Item = &mut Box<dyn PciDevice>> {
-        let occupants = self.slots.iter_mut().flatten();
-        occupants.map(|occupant| &mut occupant.device)
+        self.slots.iter_mut().filter_map(Slot::device)
     }
 
     /// A read of port 0xcf8 + `register`. What is not there leaves `data` as it is.
@@ -191,6 +203,8 @@ impl PciBus {
     pub fn read_mmio(&mut self, address: u64, data: &mut [u8]) {
         if let Some((offset, device)) = self.at(address, data.len()) {
             device.read_bar(offset, data);
+        } else if self.slots.iter().any(|slot| slot.was_at(address)) {
+            data.fill(0);
         }
     }
 
@@ -222,8 +236,8 @@ impl PciBus {
     /// What is in the way of the first that cannot be saved; a device that was plugged in: the machine that is
     /// restored would not have it.
     pub fn save(&mut self) -> Result<state::Bus, InTheWay> {
-        let mut slots = (0..).zip(self.slots.iter().flatten());
-        let plugged = slots.find_map(|(slot, occupant)| Some((slot, occupant.plugged?)));
+        let mut slots = (0..).zip(&self.slots);
+        let plugged = slots.find_map(|(number, slot)| Some((number, slot.plugged()?)));
         if let Some((slot, device)) = plugged {
             let what = format!("it is plugged into slot {slot} of the PCI bus");
             return Err(InTheWay { device, what });
@@ -264,8 +278,7 @@ impl PciBus {
         }
         let slot = (self.address >> 11 & 0x1f) as usize;
         let offset = (self.address & 0xfc) as u8 | byte as u8;
-        let occupant = self.slots.get_mut(slot)?.as_mut()?;
-        Some((offset, &mut occupant.device))
+        Some((offset, self.slots.get_mut(slot)?.device()?))
     }
 
     /// The device whose BAR holds the whole access.
@@ -276,6 +289,33 @@ impl PciBus {
             let end = offset.checked_add(length as u64)?;
             (end <= u64::from(bar.size)).then_some((offset, device))
         })
+    }
+}
+
+impl Slot {
+    fn device(&mut self) -> Option<&mut Box<dyn PciDevice>> {
+        match self {
+            Self::Taken(occupant) => Some(&mut occupant.device),
+            Self::Pulled(_) => None,
+        }
+    }
+
+    /// The name of a device that was plugged in.
+    fn plugged(&self) -> Option<&'static str> {
+        match self {
+            Self::Taken(occupant) => occupant.plugged,
+            Self::Pulled(_) => None,
+        }
+    }
+
+    /// Whether the BAR of what was pulled out of here was at that address.
+    fn was_at(&self, address: u64) -> bool {
+        match self {
+            Self::Pulled(Some(bar)) => address
+                .checked_sub(bar.address)
+                .is_some_and(|offset| offset < u64::from(bar.size)),
+            _ => false,
+        }
     }
 }
 
@@ -390,10 +430,39 @@ mod tests {
             assert!(matches!(refused, Err(PciError::NotPlugged(of)) if of == slot));
         }
         assert_eq!(bus.plug("echo", Box::new(Echo(60, None))).unwrap(), 7);
+        bus.unplug(9).unwrap();
+        bus.unplug(8).unwrap();
+        assert_eq!(bus.plug("echo", Box::new(Echo(60, None))).unwrap(), 8);
+        assert_eq!(bus.plug("echo", Box::new(Echo(60, None))).unwrap(), 9);
         for slot in 2..32 {
             bus.unplug(slot).unwrap();
         }
         assert_eq!(bus.save().unwrap().functions.len(), 2);
+    }
+
+    /// Or a guest that lets go of it would wait for it without end.
+    #[test]
+    fn where_a_device_was_pulled_out_zeros_are_read() {
+        let mut bus = bus();
+        let bar = Bar {
+            address: 0x1000_0000,
+            size: 0x1000,
+        };
+        let slot = bus.plug("echo", Box::new(Echo(50, Some(bar)))).unwrap();
+        let read = |bus: &mut PciBus, address| {
+            let mut data = [0xff; 4];
+            bus.read_mmio(address, &mut data);
+            data
+        };
+        assert_eq!(read(&mut bus, bar.address + 4), [54; 4]);
+        bus.unplug(slot).unwrap();
+        assert_eq!(read(&mut bus, bar.address + 4), [0; 4]);
+        for nobody in [bar.address - 1, bar.address + 0x1000, u64::MAX] {
+            assert_eq!(read(&mut bus, nobody), [0xff; 4]);
+        }
+        // Who is there now comes first, and there is another slot for it.
+        let other = bus.plug("echo", Box::new(Echo(60, Some(bar)))).unwrap();
+        assert_eq!((other, read(&mut bus, bar.address)), (slot + 1, [60; 4]));
     }
 
     #[test]

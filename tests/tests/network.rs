@@ -141,8 +141,9 @@ fn packets_go_both_ways_and_whole() {
             network.datagram(length)?;
         }
         let longest = network.stream()?;
-        ensure!(longest.to_guest > 16_000, "{longest:?}");
-        ensure!(longest.from_guest > 16_000, "{longest:?}");
+        // How many segments go together is the sender's choice, and depends on the time.
+        ensure!(longest.to_guest > 2 * 1514, "{longest:?}");
+        ensure!(longest.from_guest > 2 * 1514, "{longest:?}");
 
         guest.ask::<1>(&[b'x', slot]).await?;
         machine.detach(slot).await?;

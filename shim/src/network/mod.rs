@@ -205,9 +205,11 @@ impl Network {
         loop {
             let mut ready = news.readable().await.map_err(Fault::internal)?;
             ready.clear_ready();
-            let ours: Vec<u32> = match lock(&made).as_ref() {
-                Some(made) => made.carried.iter().map(|c| c.tap_index).collect(),
-                None => return Err(self.is_gone()),
+            let taps = |made: &Made| made.carried.iter().map(|c| c.tap_index).collect();
+            let ours: Option<Vec<u32>> = lock(&made).as_ref().map(taps);
+            let Some(ours) = ours else {
+                // Undone: the VM has ended, or is about to be said to have.
+                return std::future::pending().await;
             };
             if !news::take(news.get_ref(), &ours).map_err(Fault::internal)? {
                 continue;

@@ -361,7 +361,7 @@ fn the_container_sees_its_own_files_and_no_others() {
             "sysfs /sys sysfs ro,nosuid,nodev,noexec,relatime 0 0",
             "proc /proc/sys proc ro,nosuid,nodev,noexec,relatime 0 0",
             "tmpfs /proc/keys tmpfs",
-            "tmpfs /sys/firmware tmpfs ro,relatime 0 0",
+            "tmpfs /sys/firmware tmpfs ro,relatime,size=4k,nr_inodes=1",
         ] {
             assert!(mounts.contains(line), "{line}:\n{mounts}");
         }

@@ -18,10 +18,13 @@ fn run(name: &str) {
         .collect();
     paths.sort();
     assert!(!paths.is_empty(), "{} is empty", directory.display());
-    for path in paths {
+    // All of them first: a target may hide /tmp from this thread, and the corpus may be there.
+    let read = |path: std::path::PathBuf| (std::fs::read(&path).expect("read an input"), path);
+    let inputs: Vec<_> = paths.into_iter().map(read).collect();
+    for (input, path) in inputs {
         // Shown where it does not come back.
         eprintln!("{}", path.display());
-        target(&std::fs::read(&path).expect("read an input"));
+        target(&input);
     }
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = || {

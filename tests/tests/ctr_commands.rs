@@ -136,8 +136,9 @@ fn limits_are_in_the_containers_cgroup() {
         "50000",
         "--cpu-period",
         "100000",
+        // In between, old and new runcs have their own curves.
         "--cpu-shares",
-        "512",
+        "2",
     ];
     let script = "mkdir /tmp/all && mount -t cgroup2 none /tmp/all && cd /tmp/all$(cut -d: -f3 /proc/self/cgroup) && \
         for f in memory.max cpu.max cpu.weight; do echo $f $(cat $f); done";
@@ -241,9 +242,14 @@ fn a_task_is_started_looked_at_and_deleted_by_its_commands() {
         let code = deleted.status_of_task();
         note("delete", deleted);
         note("delete again", task(&["delete", &id]));
-        events.wait_for(&id, "delete");
+        // runc's shim may be gone before it has told of this one.
+        if runtime == Runtime::Husk {
+            events.wait_for(&id, "delete");
+        }
         command::run(&mut ctr(&["container", "delete", &id]), b"").ok();
-        (seen, code, events.topics(&id), events.exits(&id))
+        let mut topics = events.topics(&id);
+        topics.retain(|topic| topic != "delete");
+        (seen, code, topics, events.exits(&id))
     });
     assert_eq!(seen.1, Some(137));
     let told = [
@@ -255,7 +261,6 @@ fn a_task_is_started_looked_at_and_deleted_by_its_commands() {
         "paused",
         "resumed",
         "exit",
-        "delete",
     ];
     assert_eq!(seen.2, told);
 }
@@ -265,7 +270,8 @@ fn a_task_is_started_looked_at_and_deleted_by_its_commands() {
 fn a_task_that_runs_is_attached_to() {
     let seen = assert_alike(|runtime| {
         let id = fresh_id("attached");
-        let script = "echo early; read line; echo got $line; echo lost >&2; exit 7";
+        // Nothing before the attach: `ctr run -d` may still be there to take it.
+        let script = "read line; echo got $line; echo lost >&2; exit 7";
         let run = ["run", "-d", "--runtime", runtime.name(), IMAGE, &id];
         let mut run = ctr(&run);
         let container = Container { id };
@@ -275,7 +281,7 @@ fn a_task_that_runs_is_attached_to() {
         container.remove();
         (outcome.out(), outcome.err(), outcome.code())
     });
-    assert_eq!(seen.0, "early\ngot word\n");
+    assert_eq!(seen.0, "got word\n");
     assert_eq!(seen.2, 7);
 }
 

@@ -28,7 +28,14 @@ use crate::{
 
 /// Tests that have no pod that containerd starts, that see to templates themselves, or whose long work is the guest's
 /// however it has started.
-const WITHOUT_CLONES: [&str; 5] = ["machine", "save", "clones", "hostile", "processes"];
+const WITHOUT_CLONES: [&str; 6] = [
+    "machine",
+    "save",
+    "network",
+    "clones",
+    "hostile",
+    "processes",
+];
 /// The containerd that pods boot under, and the one that clones start under.
 const BOOTS_ON: Version = Version::V2_1;
 const CLONES_ON: Version = Version::V1_7;

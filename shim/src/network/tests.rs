@@ -1,4 +1,4 @@
-//! In network namespaces of this machine, made with ip(8). Needs root; what is missing is said, and nothing is tested then.
+//! In network namespaces of this machine, made with ip(8). Needs root: `make test` runs as root.
 
 use std::{fs::File, process::Command, sync::mpsc};
 
@@ -13,19 +13,18 @@ struct Place {
 }
 
 impl Place {
-    fn new() -> Option<Self> {
+    fn new() -> Self {
         let (tell, asked) = mpsc::channel::<String>();
         let (answer, told) = mpsc::channel();
         let (give, given) = mpsc::channel();
         thread::spawn(move || {
             // SAFETY: unshare(2) takes numbers only.
-            let made = unsafe { libc::unshare(libc::CLONE_NEWNET) } == 0;
+            assert_eq!(unsafe { libc::unshare(libc::CLONE_NEWNET) }, 0, "as root");
             // SAFETY: gettid(2) takes nothing.
             let thread = unsafe { libc::gettid() };
             let path = format!("/proc/{}/task/{thread}/ns/net", std::process::id());
             let namespace = File::open(&path).unwrap();
-            give.send(made.then(|| (OwnedFd::from(namespace), path.into())))
-                .unwrap();
+            give.send((OwnedFd::from(namespace), path.into())).unwrap();
             for script in asked {
                 let done = Command::new("sh").arg("-ec").arg(script).output().unwrap();
                 let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -35,21 +34,15 @@ impl Place {
                 });
             }
         });
-        let Some((namespace, path)) = given.recv().unwrap() else {
-            eprintln!("no root: not tested");
-            return None;
-        };
+        let (namespace, path) = given.recv().expect("a namespace");
         let place = Self {
             tell,
             told,
             namespace,
             path,
         };
-        if let Err(e) = place.run("ip link set lo up") {
-            eprintln!("no ip(8): not tested: {e}");
-            return None;
-        }
-        Some(place)
+        place.ok("ip link set lo up");
+        place
     }
 
     fn run(&self, script: &str) -> Result<String, String> {
@@ -68,8 +61,8 @@ impl Place {
 }
 
 /// As CNI's bridge plugin leaves it: eth0, whose other end is in a namespace of its own.
-fn pod() -> Option<(Place, Place)> {
-    let (pod, host) = (Place::new()?, Place::new()?);
+fn pod() -> (Place, Place) {
+    let (pod, host) = (Place::new(), Place::new());
     host.ok("ip link add br0 address 02:00:00:00:00:01 type bridge; ip link set br0 up; ip address add 10.9.0.1/24 dev br0; \
         ip address add fd09::1/64 nodad dev br0");
     host.ok(&format!(
@@ -82,7 +75,7 @@ fn pod() -> Option<(Place, Place)> {
         ip route add 10.8.0.0/16 via 10.8.0.1 onlink dev eth0 src 10.9.0.2 metric 7; \
         ip route add table 100 192.168.7.0/24 dev eth0 scope link; ip route add blackhole 172.31.0.0/16; \
         ip neighbour add 10.9.0.9 lladdr 02:00:00:00:00:09 dev eth0 nud permanent");
-    Some((pod, host))
+    (pod, host)
 }
 
 async fn made(network: &Network) -> Arc<Mutex<Option<Made>>> {
@@ -97,7 +90,7 @@ fn show(bytes: &[u8]) -> String {
 
 #[tokio::test]
 async fn all_that_cni_has_left_is_told() {
-    let Some((pod, _host)) = pod() else { return };
+    let (pod, _host) = pod();
     let network = pod.begin();
     let made = made(&network).await;
     let made = made.lock().unwrap();
@@ -207,7 +200,7 @@ fn hears(tap: &OwnedFd, wanted: impl Fn(&[u8]) -> bool) -> bool {
 /// ARP, ping, a port that nobody listens at: the guest is asked, and nobody answers in its stead.
 #[tokio::test]
 async fn packets_go_to_the_guest_and_nobody_answers_for_it() {
-    let Some((pod, host)) = pod() else { return };
+    let (pod, host) = pod();
     // Nobody listens there: who is there refuses.
     let knock = "ip neighbour flush dev br0; for ip in 10.9.0.2 fd09::2; do \
         timeout 2 bash -c \"exec 3<>/dev/tcp/$ip/7\" 2>&1 || true; done";
@@ -263,7 +256,7 @@ async fn packets_go_to_the_guest_and_nobody_answers_for_it() {
 
 #[tokio::test]
 async fn everything_is_as_it_was_when_the_pod_has_gone() {
-    let Some((pod, host)) = pod() else { return };
+    let (pod, host) = pod();
     // But for counters.
     let state = "ip -d address; ip route show table all; ip -6 route show table all; ip neighbour show nud permanent; tc qdisc; tc filter show dev eth0 ingress";
     let before = pod.ok(state);
@@ -289,7 +282,7 @@ async fn everything_is_as_it_was_when_the_pod_has_gone() {
 
 #[tokio::test]
 async fn what_a_lost_shim_has_left_is_swept_and_what_is_in_use_is_not() {
-    let Some((pod, _host)) = pod() else { return };
+    let (pod, _host) = pod();
     let qdiscs = || pod.ok("tc qdisc show dev eth0 ingress");
     let network = pod.begin();
     let in_use = made(&network).await;
@@ -322,7 +315,7 @@ async fn what_a_lost_shim_has_left_is_swept_and_what_is_in_use_is_not() {
 
 #[tokio::test]
 async fn what_cannot_be_carried_is_named() {
-    let Some((pod, _host)) = pod() else { return };
+    let (pod, _host) = pod();
     let error = async || pod.begin().made().await.unwrap_err().to_string();
     pod.ok("ip route add 10.7.0.0/16 nexthop via 10.9.0.1 nexthop via 10.9.0.3");
     assert!(
@@ -365,7 +358,7 @@ async fn what_cannot_be_carried_is_named() {
 
 #[tokio::test]
 async fn a_namespace_without_interfaces_is_no_work() {
-    let Some(pod) = Place::new() else { return };
+    let pod = Place::new();
     let network = pod.begin();
     let made = made(&network).await;
     let made = made.lock().unwrap();
@@ -378,7 +371,7 @@ async fn a_namespace_without_interfaces_is_no_work() {
 
 #[tokio::test]
 async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
-    let Some((pod, _host)) = pod() else { return };
+    let (pod, _host) = pod();
     let network = pod.begin();
     let made = made(&network).await;
     let news = made.lock().unwrap().as_mut().unwrap().news.take().unwrap();

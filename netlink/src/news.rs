@@ -36,7 +36,7 @@ impl News {
         Ok(Self(fd))
     }
 
-    /// Waits until there may be some.
+    /// Waits until there may be some; not always that long, as a signal ends it.
     pub fn wait(&self, limit: Duration) -> io::Result<()> {
         let mut poll = libc::pollfd {
             fd: self.0.as_raw_fd(),
@@ -46,7 +46,10 @@ impl News {
         let limit = i32::try_from(limit.as_millis()).unwrap_or(i32::MAX);
         // SAFETY: `poll` is one pollfd.
         match unsafe { libc::poll(&raw mut poll, 1, limit) } {
-            -1 => Err(io::Error::last_os_error()),
+            -1 => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+                e => Err(e),
+            },
             _ => Ok(()),
         }
     }
@@ -95,5 +98,32 @@ fn link(header: Header, body: &[u8]) -> Option<u32> {
             message::u32(body.get(4..)?)
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::thread::JoinHandleExt, thread, time::Instant};
+
+    use super::*;
+
+    extern "C" fn nothing(_: libc::c_int) {}
+
+    /// As process 1 gets one of each child that ends.
+    #[test]
+    fn a_signal_ends_a_wait_and_is_no_error() {
+        let handler = nothing as extern "C" fn(libc::c_int);
+        // SAFETY: the handler does nothing; no other test has this signal.
+        unsafe { libc::signal(libc::SIGUSR1, handler as libc::sighandler_t) };
+        let news = News::of(&[]).unwrap();
+        let begun = Instant::now();
+        let waits = thread::spawn(move || news.wait(Duration::from_secs(600)));
+        while !waits.is_finished() {
+            // SAFETY: the thread is not joined yet.
+            unsafe { libc::pthread_kill(waits.as_pthread_t(), libc::SIGUSR1) };
+            thread::yield_now();
+        }
+        waits.join().unwrap().unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(600));
     }
 }

@@ -202,9 +202,13 @@ fn hears(tap: &OwnedFd, wanted: impl Fn(&[u8]) -> bool) -> bool {
 async fn packets_go_to_the_guest_and_nobody_answers_for_it() {
     let (pod, host) = pod();
     // Nobody listens there: who is there refuses.
-    let knock = "ip neighbour flush dev br0; for ip in 10.9.0.2 fd09::2; do \
-        timeout 2 bash -c \"exec 3<>/dev/tcp/$ip/7\" 2>&1 || true; done";
-    let said = host.ok(knock);
+    let knock = |seconds: u32| {
+        format!(
+            "ip neighbour flush dev br0; for ip in 10.9.0.2 fd09::2; do \
+            timeout {seconds} bash -c \"exec 3<>/dev/tcp/$ip/7\" 2>&1 || true; done"
+        )
+    };
+    let said = host.ok(&knock(60));
     assert_eq!(
         said.matches("connect: Connection refused").count(),
         2,
@@ -221,7 +225,7 @@ async fn packets_go_to_the_guest_and_nobody_answers_for_it() {
         .unwrap();
     let knocked = thread::spawn({
         move || {
-            let text = host.ok(knock);
+            let text = host.ok(&knock(2));
             (host, text)
         }
     });
@@ -275,7 +279,7 @@ async fn everything_is_as_it_was_when_the_pod_has_gone() {
     drop(network);
     assert_eq!(pod.ok(state), before);
     let said = host
-        .run("timeout 5 bash -c 'exec 3<>/dev/tcp/10.9.0.2/7'")
+        .run("timeout 60 bash -c 'exec 3<>/dev/tcp/10.9.0.2/7'")
         .unwrap_err();
     assert!(said.contains("refused"), "{said}");
 }

@@ -21,7 +21,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     thread,
     time::Duration,
 };
@@ -31,7 +31,7 @@ use husk_proto::{agent as api, agent_ttrpc::AgentClient};
 use thiserror::Error;
 use tokio::{
     io::Interest,
-    sync::{OnceCell, oneshot, watch},
+    sync::{Mutex, MutexGuard, OnceCell, oneshot, watch},
     time::timeout,
 };
 use ttrpc::context;
@@ -81,7 +81,8 @@ pub enum NetworkError {
     Silent { path: PathBuf },
 }
 
-/// Empty once it is undone.
+/// Empty once it is undone. A thread has it while the kernel looks or unmakes, so that tasks wait for it as they do for
+/// the kernel.
 type Shared = Arc<Mutex<Option<Made>>>;
 type Outcome = Result<Shared, NetworkError>;
 
@@ -134,12 +135,25 @@ impl Network {
 
     async fn made(&self) -> Outcome {
         let mut outcome = self.outcome.clone();
-        let silent = || NetworkError::Silent {
-            path: self.path.clone(),
-        };
         let told = timeout(LIMIT, outcome.wait_for(Option::is_some)).await;
-        let told = told.map_err(|_| silent())?.map_err(|_| silent())?;
-        told.clone().unwrap_or_else(|| Err(silent()))
+        let told = told
+            .map_err(|_| self.silent())?
+            .map_err(|_| self.silent())?;
+        told.clone().unwrap_or_else(|| Err(self.silent()))
+    }
+
+    async fn lock<'a>(
+        &self,
+        made: &'a Mutex<Option<Made>>,
+    ) -> Result<MutexGuard<'a, Option<Made>>, Fault> {
+        let locked = timeout(LIMIT, made.lock()).await;
+        locked.map_err(|_| Fault::internal(self.silent()))
+    }
+
+    fn silent(&self) -> NetworkError {
+        NetworkError::Silent {
+            path: self.path.clone(),
+        }
     }
 
     /// Plugs every interface into a machine that runs.
@@ -150,14 +164,14 @@ impl Network {
 
     async fn plug_what_is_not(&self, made: &Shared, machine: &Machine) -> Result<(), Fault> {
         let taps: Vec<(u32, Tap)> = {
-            let mut made = lock(made);
+            let mut made = self.lock(made).await?;
             let carried = made.iter_mut().flat_map(|made| &mut made.carried);
             let taps = carried.map(|carried| Some((carried.index, carried.tap.take()?)));
             taps.flatten().collect()
         };
         for (index, tap) in taps {
             let attached = machine.attach(tap).await;
-            let mut made = lock(made);
+            let mut made = self.lock(made).await?;
             let Some(made) = made.as_mut() else {
                 return Err(self.is_gone());
             };
@@ -174,7 +188,7 @@ impl Network {
     pub async fn set(&self, agent: &AgentClient) -> Result<(), Fault> {
         let set = self.set.get_or_try_init(|| async {
             let made = self.made().await.map_err(Fault::invalid)?;
-            let request = lock(&made).as_ref().map(Made::request);
+            let request = self.lock(&made).await?.as_ref().map(Made::request);
             let request = request.ok_or_else(|| self.is_gone())?;
             if request.interfaces.is_empty() && request.routes.is_empty() {
                 return Ok(());
@@ -199,14 +213,16 @@ impl Network {
         agent: &AgentClient,
     ) -> Result<Infallible, Fault> {
         let made = self.made().await.map_err(Fault::invalid)?;
-        let news = lock(&made).as_mut().and_then(|made| made.news.take());
+        let take = |made: &mut Made| made.news.take();
+        let news = self.lock(&made).await?.as_mut().and_then(take);
         let news = news.ok_or_else(|| self.is_gone())?;
         let news = ready::watch(news.into(), Interest::READABLE).map_err(Fault::internal)?;
         loop {
             let mut ready = news.readable().await.map_err(Fault::internal)?;
             ready.clear_ready();
             let taps = |made: &Made| made.carried.iter().map(|c| c.tap_index).collect();
-            let ours: Option<Vec<u32>> = lock(&made).as_ref().map(taps);
+            // However long a look takes that was given up: until the VM's end.
+            let ours: Option<Vec<u32>> = made.lock().await.as_ref().map(taps);
             let Some(ours) = ours else {
                 // Undone: the VM has ended, or is about to be said to have.
                 return std::future::pending().await;
@@ -232,7 +248,7 @@ impl Network {
         }
         self.plug_what_is_not(made, machine).await?;
         let (request, gone) = {
-            let mut made = lock(made);
+            let mut made = self.lock(made).await?;
             let made = made.as_mut().ok_or_else(|| self.is_gone())?;
             (made.request(), std::mem::take(&mut made.gone))
         };
@@ -249,19 +265,18 @@ impl Network {
         let (answer, answered) = oneshot::channel();
         let (namespace, path, queues) = (self.namespace.clone(), self.path.clone(), self.queues);
         let look = move || {
-            let looked = enter(&namespace, &path).and_then(|()| match lock(&made).as_mut() {
-                Some(made) => made.look(queues),
-                None => Ok(false),
-            });
+            let looked =
+                enter(&namespace, &path).and_then(|()| match made.blocking_lock().as_mut() {
+                    Some(made) => made.look(queues),
+                    None => Ok(false),
+                });
             // Whoever asked may be gone.
             let _ = answer.send(looked);
         };
         spawn(look).map_err(Fault::internal)?;
         match timeout(LIMIT, answered).await {
             Ok(Ok(looked)) => looked.map_err(Fault::invalid),
-            _ => Err(Fault::internal(NetworkError::Silent {
-                path: self.path.clone(),
-            })),
+            _ => Err(Fault::internal(self.silent())),
         }
     }
 
@@ -284,7 +299,7 @@ impl Network {
         };
         let (tell, done) = oneshot::channel();
         let undone = spawn(move || {
-            let made = lock(&made).take();
+            let made = made.blocking_lock().take();
             if let Some(made) = made {
                 made.unmake();
             }
@@ -313,10 +328,6 @@ pub fn has_interfaces(pid: u32) -> bool {
         .skip(2)
         .filter_map(|line| line.split(':').next());
     names.any(|name| name.trim() != "lo")
-}
-
-fn lock(made: &Mutex<Option<Made>>) -> MutexGuard<'_, Option<Made>> {
-    made.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn spawn(act: impl FnOnce() + Send + 'static) -> io::Result<()> {

@@ -93,7 +93,7 @@ async fn all_that_cni_has_left_is_told() {
     let (pod, _host) = pod();
     let network = pod.begin();
     let made = made(&network).await;
-    let made = made.lock().unwrap();
+    let made = made.try_lock().unwrap();
     let made = made.as_ref().unwrap();
     let [carried] = &made.carried[..] else {
         panic!("{made:?}")
@@ -216,7 +216,7 @@ async fn packets_go_to_the_guest_and_nobody_answers_for_it() {
     );
     let network = pod.begin();
     let made = made(&network).await;
-    let tap = made.lock().unwrap().as_ref().unwrap().carried[0]
+    let tap = made.try_lock().unwrap().as_ref().unwrap().carried[0]
         .tap
         .as_ref()
         .unwrap()
@@ -301,7 +301,7 @@ async fn what_a_lost_shim_has_left_is_swept_and_what_is_in_use_is_not() {
     second.undo().await;
     assert!(qdiscs().contains("ingress"));
     // As if its shim had been killed, and the VMM with it.
-    in_use.lock().unwrap().as_mut().unwrap().carried.clear();
+    in_use.try_lock().unwrap().as_mut().unwrap().carried.clear();
     sweep(&pod.path);
     assert_eq!(qdiscs(), "");
     // Somebody else's are left alone, and named.
@@ -365,7 +365,7 @@ async fn a_namespace_without_interfaces_is_no_work() {
     let pod = Place::new();
     let network = pod.begin();
     let made = made(&network).await;
-    let made = made.lock().unwrap();
+    let made = made.try_lock().unwrap();
     let made = made.as_ref().unwrap();
     assert!(
         made.carried.is_empty() && made.routes.is_empty(),
@@ -378,9 +378,16 @@ async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
     let (pod, _host) = pod();
     let network = pod.begin();
     let made = made(&network).await;
-    let news = made.lock().unwrap().as_mut().unwrap().news.take().unwrap();
+    let news = made
+        .try_lock()
+        .unwrap()
+        .as_mut()
+        .unwrap()
+        .news
+        .take()
+        .unwrap();
     let ours = |made: &Shared| -> Vec<u32> {
-        let made = made.lock().unwrap();
+        let made = made.try_lock().unwrap();
         made.as_ref()
             .unwrap()
             .carried
@@ -397,7 +404,7 @@ async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
     assert!(news::take(&news, &ours(&made)).unwrap());
     assert!(network.look(made.clone()).await.unwrap());
     let names = |made: &Shared| -> Vec<String> {
-        let made = made.lock().unwrap();
+        let made = made.try_lock().unwrap();
         made.as_ref()
             .unwrap()
             .carried
@@ -409,14 +416,14 @@ async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
     assert!(pod.ok("tc qdisc show dev net1 ingress").contains("ingress"));
 
     pod.ok("ip address add 10.4.0.2/24 dev eth0; ip link set eth0 mtu 1450; ip link set net1 down");
-    made.lock().unwrap().as_mut().unwrap().carried[1]
+    made.try_lock().unwrap().as_mut().unwrap().carried[1]
         .interface
         .slot = 9;
     assert!(network.look(made.clone()).await.unwrap());
     // One that is down is still there.
     assert_eq!(names(&made), ["eth0", "net1"]);
     {
-        let made = made.lock().unwrap();
+        let made = made.try_lock().unwrap();
         let eth0 = &made.as_ref().unwrap().carried[0].interface;
         assert_eq!((eth0.mtu, eth0.addresses.len()), (1450, 4));
     }
@@ -428,8 +435,23 @@ async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
     pod.ok("ip link del net1");
     assert!(network.look(made.clone()).await.unwrap());
     assert_eq!(names(&made), ["eth0"]);
-    assert_eq!(made.lock().unwrap().as_ref().unwrap().gone, [9]);
+    assert_eq!(made.try_lock().unwrap().as_ref().unwrap().gone, [9]);
     network.undo().await;
     assert!(network.look(made).await.is_ok_and(|changed| !changed));
     assert!(has_interfaces(std::process::id()));
+}
+
+/// As a look does that waits for the kernel, and that nobody waits for any more.
+#[tokio::test]
+async fn who_has_it_holds_up_no_task() {
+    let pod = Place::new();
+    let network = pod.begin();
+    let made = made(&network).await;
+    let held = made.clone().lock_owned().await;
+    tokio::time::pause();
+    let locked = network.lock(&made).await.map(drop);
+    let error = locked.unwrap_err().message;
+    assert!(error.contains("nothing was heard of it"), "{error}");
+    drop(held);
+    assert!(network.lock(&made).await.is_ok());
 }

@@ -96,11 +96,7 @@ impl VirtioDevice for FsDevice {
                 Ok(worker) => self.workers.push(worker),
                 Err(cause) => {
                     self.stop();
-                    return Err(DeviceError::Host {
-                        device: NAME,
-                        call: "start a thread",
-                        cause,
-                    });
+                    return Err(DeviceError::host(NAME, "start a thread")(cause));
                 }
             }
         }
@@ -113,14 +109,9 @@ impl VirtioDevice for FsDevice {
             match stopped {
                 Ok(queue) => queues.push(queue),
                 // Its thread may yet write to guest memory, so there is no going on.
-                Err(cause) => self.ending.report(
-                    Cause::DeviceError,
-                    DeviceError::Host {
-                        device: NAME,
-                        call: name,
-                        cause,
-                    },
-                ),
+                Err(cause) => self
+                    .ending
+                    .report(Cause::DeviceError, DeviceError::host(NAME, name)(cause)),
             }
         }
         queues
@@ -227,11 +218,8 @@ struct Serving {
 
 impl Serving {
     fn run(&mut self) -> Result<(), DeviceError> {
-        fs::worker_init().map_err(|cause| DeviceError::Host {
-            device: NAME,
-            call: "prepare a thread",
-            cause: io::Error::other(cause),
-        })?;
+        let failed = DeviceError::host(NAME, "prepare a thread");
+        fs::worker_init().map_err(|cause| failed(io::Error::other(cause)))?;
         loop {
             self.wait()?;
             if self.stopping.load(Ordering::SeqCst) {
@@ -243,13 +231,7 @@ impl Serving {
 
     /// Waits for the doorbell.
     fn wait(&self) -> Result<(), DeviceError> {
-        let failed = |call| {
-            move |cause| DeviceError::Host {
-                device: NAME,
-                call,
-                cause,
-            }
-        };
+        let failed = |call| DeviceError::host(NAME, call);
         let mut poll = libc::pollfd {
             fd: std::os::fd::AsRawFd::as_raw_fd(self.queue.doorbell()),
             events: libc::POLLIN,
@@ -268,12 +250,7 @@ impl Serving {
 
     /// Answers requests until there are none and the driver will ring for the next.
     fn serve_queue(&mut self) -> Result<(), DeviceError> {
-        let name = self.name;
-        let failed = |cause| DeviceError::Queue {
-            device: NAME,
-            queue: name,
-            cause,
-        };
+        let failed = DeviceError::queue(NAME, self.name);
         let (ram, queue) = (&self.ram, &mut self.queue);
         loop {
             queue.disarm(ram).map_err(failed)?;

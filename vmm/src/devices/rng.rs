@@ -47,11 +47,7 @@ impl VirtioDevice for Rng {
         let Some((ram, queue)) = &mut self.active else {
             return Ok(());
         };
-        let failed = |cause| DeviceError::Queue {
-            device: NAME,
-            queue: QUEUE,
-            cause,
-        };
+        let failed = DeviceError::queue(NAME, QUEUE);
         // Not until there are none: the bus is locked, and another vCPU could offer more for ever.
         for _ in 0..REQUESTS {
             let Some(chain) = queue.pop_or_arm(ram).map_err(failed)? else {
@@ -84,11 +80,8 @@ fn random_bytes(buffer: &mut [u8; ANSWER_MAX], wanted: usize) -> Result<&[u8], D
     let wanted = wanted.min(buffer.len());
     // SAFETY: `wanted` bytes lie within the buffer.
     let got = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), wanted, 0) };
-    let got = usize::try_from(got).map_err(|_| DeviceError::Host {
-        device: NAME,
-        call: "getrandom",
-        cause: io::Error::last_os_error(),
-    })?;
+    let got = usize::try_from(got).map_err(|_| io::Error::last_os_error());
+    let got = got.map_err(DeviceError::host(NAME, "getrandom"))?;
     Ok(buffer.get(..got).unwrap_or_default())
 }
 

@@ -86,6 +86,26 @@ pub enum DeviceError {
     },
 }
 
+impl DeviceError {
+    /// Of a system call that failed.
+    pub fn host(device: &'static str, call: &'static str) -> impl Fn(io::Error) -> Self + Copy {
+        move |cause| Self::Host {
+            device,
+            call,
+            cause,
+        }
+    }
+
+    /// Of one of the device's queues.
+    pub fn queue(device: &'static str, queue: &'static str) -> impl Fn(QueueError) -> Self + Copy {
+        move |cause| Self::Queue {
+            device,
+            queue,
+            cause,
+        }
+    }
+}
+
 /// What keeps a machine from being saved.
 #[derive(Debug, thiserror::Error)]
 #[error("{device}: {what}")]

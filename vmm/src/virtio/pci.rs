@@ -168,13 +168,8 @@ impl VirtioPci {
                     cause: e.into(),
                 })?,
                 vector: NO_VECTOR,
-                doorbell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(
-                    |cause| DeviceError::Host {
-                        device: kind.name,
-                        call: "eventfd",
-                        cause,
-                    },
-                )?,
+                doorbell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+                    .map_err(DeviceError::host(kind.name, "eventfd"))?,
             });
         }
         // A vector for each queue and one for configuration changes.
@@ -403,19 +398,9 @@ impl VirtioPci {
             let doorbell = setup
                 .doorbell
                 .try_clone()
-                .map_err(|cause| DeviceError::Host {
-                    device,
-                    call: "dup of an eventfd",
-                    cause,
-                })?;
-            let queue = Queue::new(ring, &self.ram, doorbell, interrupt).map_err(|cause| {
-                DeviceError::Queue {
-                    device,
-                    queue: "configured",
-                    cause,
-                }
-            })?;
-            queues.push(queue);
+                .map_err(DeviceError::host(device, "dup of an eventfd"))?;
+            let queue = Queue::new(ring, &self.ram, doorbell, interrupt);
+            queues.push(queue.map_err(DeviceError::queue(device, "configured"))?);
         }
         self.device.activate(Activation {
             ram: self.ram.clone(),

@@ -333,17 +333,9 @@ fn vector(slice: &VolatileSlice<'_>) -> libc::iovec {
 }
 
 fn host(call: &'static str) -> impl Fn(io::Error) -> DeviceError + Copy {
-    move |cause| DeviceError::Host {
-        device: NAME,
-        call,
-        cause,
-    }
+    DeviceError::host(NAME, call)
 }
 
 fn in_queue(queue: &'static str) -> impl Fn(QueueError) -> DeviceError + Copy {
-    move |cause| DeviceError::Queue {
-        device: NAME,
-        queue,
-        cause,
-    }
+    DeviceError::queue(NAME, queue)
 }

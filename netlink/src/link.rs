@@ -42,15 +42,16 @@ impl Link {
     }
 }
 
-/// What is to become of an interface; `None` leaves it.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct LinkChange<'a> {
-    pub name: Option<&'a str>,
-    pub mac: Option<&'a [u8]>,
-    pub mtu: Option<u32>,
-    pub up: Option<bool>,
+/// What is to become of an interface.
+#[derive(Clone, Copy, Debug)]
+pub enum LinkChange<'a> {
+    Name(&'a str),
+    Mac(&'a [u8]),
+    Mtu(u32),
+    Up,
+    Down,
     /// No IPv6 address of its own making.
-    pub no_link_local: bool,
+    NoLinkLocal,
 }
 
 /// `struct ifinfomsg`.
@@ -67,29 +68,30 @@ pub fn links(socket: &mut Socket) -> Result<Vec<Link>, Refusal> {
     Ok(found.iter().filter_map(|(_, body)| parse(body)).collect())
 }
 
-pub fn change(socket: &mut Socket, index: u32, change: LinkChange<'_>) -> Result<(), Refusal> {
+/// All at once.
+pub fn change(socket: &mut Socket, index: u32, changes: &[LinkChange<'_>]) -> Result<(), Refusal> {
     let up = libc::IFF_UP as u32;
-    let (flags, mask) = match change.up {
-        Some(true) => (up, up),
-        Some(false) => (0, up),
-        None => (0, 0),
-    };
+    let (mut flags, mut mask) = (0, 0);
+    for change in changes {
+        match change {
+            LinkChange::Up => (flags, mask) = (up, up),
+            LinkChange::Down => (flags, mask) = (0, up),
+            _ => {}
+        }
+    }
     let mut request = Request::new(libc::RTM_NEWLINK, 0).fixed(&head(index, flags, mask));
-    if let Some(name) = change.name {
-        request = request.string(IFLA_IFNAME, name);
-    }
-    if let Some(mac) = change.mac {
-        request = request.attribute(IFLA_ADDRESS, mac);
-    }
-    if let Some(mtu) = change.mtu {
-        request = request.u32(IFLA_MTU, mtu);
-    }
-    if change.no_link_local {
-        request = request.nested(IFLA_AF_SPEC, |families| {
-            families.nested(libc::AF_INET6 as u16, |inet6| {
-                inet6.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
-            })
-        });
+    for change in changes {
+        request = match change {
+            LinkChange::Name(name) => request.string(IFLA_IFNAME, name),
+            LinkChange::Mac(mac) => request.attribute(IFLA_ADDRESS, mac),
+            LinkChange::Mtu(mtu) => request.u32(IFLA_MTU, *mtu),
+            LinkChange::NoLinkLocal => request.nested(IFLA_AF_SPEC, |families| {
+                families.nested(libc::AF_INET6 as u16, |inet6| {
+                    inet6.attribute(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE])
+                })
+            }),
+            LinkChange::Up | LinkChange::Down => request,
+        };
     }
     socket.ask(request)
 }

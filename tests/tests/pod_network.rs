@@ -106,11 +106,15 @@ fn the_guest_has_what_a_container_of_runc_has() {
 
 const BYTES: usize = 16 << 20;
 
-/// 16 MiB to the pod and back, at once, and every byte is what it was.
-fn echo(address: &str, port: u16) {
+/// 16 MiB to a server of the pod's and back, at once, and every byte is what it was.
+fn echo(pod: &Container) {
+    let server = command::start(
+        &mut pod.exec_command(&[], &["nc", "-l", "-p", "7", "-e", "cat"]),
+        b"",
+    );
     let mut stream = eventually(Instant::now() + PATIENCE, || {
         thread::sleep(Duration::from_millis(100));
-        TcpStream::connect((address, port)).ok()
+        TcpStream::connect((POD, 7)).ok()
     })
     .expect("the pod's server answers");
     // Xorshift: no two blocks are the same.
@@ -136,18 +140,14 @@ fn echo(address: &str, port: u16) {
     writer.join().expect("writer");
     assert_eq!(got.len(), sent.len());
     assert!(got == sent, "bytes were changed on their way");
+    server.finish().ok();
 }
 
 #[test]
 fn a_stream_is_intact_both_ways() {
     let namespace = Namespace::new("stream", 1500);
     let pod = idle_in(&namespace, Runtime::Husk);
-    let server = command::start(
-        &mut pod.exec_command(&[], &["nc", "-l", "-p", "7", "-e", "cat"]),
-        b"",
-    );
-    echo(POD, 7);
-    server.finish().ok();
+    echo(&pod);
 }
 
 #[test]
@@ -201,12 +201,7 @@ fn a_pod_of_several_processors_has_as_many_queues() {
     let tap = "ls -d /sys/class/net/husk-*/queues/rx-* | wc -l";
     let tap = namespace.run(&format!("mount -t sysfs sysfs /sys; {tap}"));
     assert_eq!(tap.ok(), "2\n");
-    let server = command::start(
-        &mut pod.exec_command(&[], &["nc", "-l", "-p", "7", "-e", "cat"]),
-        b"",
-    );
-    echo(POD, 7);
-    server.finish().ok();
+    echo(&pod);
 }
 
 /// As Kubernetes has it: both name the namespace that CNI has filled.

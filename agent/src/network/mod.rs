@@ -99,67 +99,33 @@ impl Kernel<'_> {
     }
 
     fn name(&mut self, index: u32, name: &str) -> Result<(), Fault> {
-        let down = LinkChange {
-            up: Some(false),
-            ..LinkChange::default()
-        };
-        let named = LinkChange {
-            name: Some(name),
-            ..LinkChange::default()
-        };
-        link::change(self.0, index, down)
-            .and_then(|()| link::change(self.0, index, named))
+        link::change(self.0, index, &[LinkChange::Down])
+            .and_then(|()| link::change(self.0, index, &[LinkChange::Name(name)]))
             .map_err(|refusal| refused(&format!("interface {name}: name it so"), refusal))
     }
 
     /// Hardware address and MTU; and up, with no address of the kernel's own making.
     fn set_up(&mut self, interface: &Interface, link: &Link) -> Result<(), Fault> {
-        let failed = |what: &str, refusal| {
-            Err(refused(
-                &format!("interface {}: {what}", interface.name),
-                refusal,
-            ))
+        let mut change = |what: &str, change| {
+            let changed = link::change(self.0, link.index, &[change]);
+            changed.map_err(|refusal| (format!("interface {}: {what}", interface.name), refusal))
         };
+        let failed = |(what, refusal): (String, _)| refused(&what, refusal);
         if link.mac != interface.mac {
-            let mac = LinkChange {
-                mac: Some(&interface.mac),
-                ..LinkChange::default()
-            };
-            if let Err(refusal) = link::change(self.0, link.index, mac) {
-                return failed("set its mac", refusal);
-            }
+            change("set its mac", LinkChange::Mac(&interface.mac)).map_err(failed)?;
         }
         if link.mtu != interface.mtu {
-            let mtu = LinkChange {
-                mtu: Some(interface.mtu),
-                ..LinkChange::default()
-            };
-            if let Err(refusal) = link::change(self.0, link.index, mtu) {
-                return failed("set its mtu", refusal);
-            }
+            change("set its mtu", LinkChange::Mtu(interface.mtu)).map_err(failed)?;
         }
         if link.is(libc::IFF_UP) {
             return Ok(());
         }
-        let quiet = LinkChange {
-            no_link_local: true,
-            ..LinkChange::default()
-        };
-        match link::change(self.0, link.index, quiet) {
+        match change("keep it from addresses of its own", LinkChange::NoLinkLocal) {
             // With an MTU below 1280 there is no IPv6 on it.
-            Err(refusal) if !refusal.is(libc::EAFNOSUPPORT) => {
-                return failed("keep it from addresses of its own", refusal);
-            }
-            _ => {}
+            Err((_, refusal)) if refusal.is(libc::EAFNOSUPPORT) => {}
+            quiet => quiet.map_err(failed)?,
         }
-        let up = LinkChange {
-            up: Some(true),
-            ..LinkChange::default()
-        };
-        match link::change(self.0, link.index, up) {
-            Err(refusal) => failed("bring it up", refusal),
-            Ok(()) => Ok(()),
-        }
+        change("bring it up", LinkChange::Up).map_err(failed)
     }
 
     fn set_addresses(

@@ -78,11 +78,8 @@ impl Made {
                 Some(known) => {
                     let slot = known.interface.slot;
                     if known.interface.mtu != found.interface.mtu {
-                        let mtu = LinkChange {
-                            mtu: Some(found.interface.mtu),
-                            ..LinkChange::default()
-                        };
-                        let changed = link::change(&mut self.socket, known.tap_index, mtu);
+                        let mtu = [LinkChange::Mtu(found.interface.mtu)];
+                        let changed = link::change(&mut self.socket, known.tap_index, &mtu);
                         changed.map_err(|e| failed(&self.path, &found, "its tap's mtu", e))?;
                     }
                     known.interface = found.interface;

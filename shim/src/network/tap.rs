@@ -61,21 +61,13 @@ impl Tap {
         let Some(tap) = links.iter().find(|link| link.name == name) else {
             return Err(io::Error::other("it is not there once it is made").into());
         };
-        let silent = LinkChange {
-            no_link_local: true,
-            ..LinkChange::default()
-        };
-        match link::change(socket, tap.index, silent) {
+        match link::change(socket, tap.index, &[LinkChange::NoLinkLocal]) {
             // There is no IPv6 on it anyway.
             Err(e) if !e.is(libc::EAFNOSUPPORT) => return Err(e),
             _ => {}
         }
-        let up = LinkChange {
-            mtu: Some(interface.mtu),
-            up: Some(true),
-            ..LinkChange::default()
-        };
-        link::change(socket, tap.index, up)?;
+        let up = [LinkChange::Mtu(interface.mtu), LinkChange::Up];
+        link::change(socket, tap.index, &up)?;
         Ok(Self {
             index: tap.index,
             queues: fds,

@@ -1,14 +1,16 @@
-//! Generates the two ttrpc contracts from `protos/`.
+//! Generates the two ttrpc contracts and the messages of CRI from `protos/`.
 
 use std::{env, fs, io, path::Path};
 
 use ttrpc_codegen::{Codegen, Customize};
 
 const CONTRACTS: [&str; 2] = ["machine", "agent"];
+const MESSAGES: &str = "cri";
 
 fn main() -> io::Result<()> {
     let out = env::var("OUT_DIR").map_err(io::Error::other)?;
-    let protos = CONTRACTS.map(|name| format!("protos/{name}.proto"));
+    let names = CONTRACTS.into_iter().chain([MESSAGES]);
+    let protos: Vec<String> = names.map(|name| format!("protos/{name}.proto")).collect();
     for proto in &protos {
         println!("cargo:rerun-if-changed={proto}");
     }
@@ -22,10 +24,10 @@ fn main() -> io::Result<()> {
             ..Default::default()
         })
         .run()?;
-    for name in CONTRACTS {
-        for file in [format!("{name}.rs"), format!("{name}_ttrpc.rs")] {
-            strip_inner_attributes(&Path::new(&out).join(file))?;
-        }
+    let services = CONTRACTS.map(|name| format!("{name}_ttrpc.rs"));
+    let messages = CONTRACTS.into_iter().chain([MESSAGES]);
+    for file in services.into_iter().chain(messages.map(|name| format!("{name}.rs"))) {
+        strip_inner_attributes(&Path::new(&out).join(file))?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`machine`]: shim to VMM, see `protos/machine.proto`.
 //! * [`agent`]: shim to agent, see `protos/agent.proto`.
+//! * [`cri`]: what Kubernetes' interface says a pod shall be like, see `protos/cri.proto`.
 
 macro_rules! generated {
     ($(#[$doc:meta])* $name:ident) => {
@@ -28,6 +29,10 @@ generated!(
 generated!(
     /// The agent contract: client and service trait.
     agent_ttrpc
+);
+generated!(
+    /// Kubernetes' Container Runtime Interface, as far as it is read here: messages.
+    cri
 );
 
 /// Descriptor of the machine service's ttrpc connection, inherited by the VMM.

@@ -17,6 +17,26 @@ pub struct Cni {
     result: Value,
 }
 
+/// The bridge that pods are at.
+fn bridge() -> Value {
+    json!({
+        "type": "bridge", "bridge": "cni0", "isGateway": true, "ipMasq": true, "hairpinMode": true,
+        "ipam": {
+            "type": "host-local",
+            "ranges": [[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]],
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        },
+    })
+}
+
+/// The same network as containerd's CRI is configured for it.
+pub(crate) fn conflist() -> Value {
+    json!({
+        "cniVersion": "1.0.0", "name": "lab",
+        "plugins": [bridge(), {"type": "portmap", "capabilities": {"portMappings": true}}],
+    })
+}
+
 impl Cni {
     /// A namespace that the plugins have made eth0 in; the host's port leads to the pod's port 80.
     ///
@@ -25,15 +45,9 @@ impl Cni {
     #[track_caller]
     pub fn add(name: &str, host_port: u16) -> Self {
         command::run(Command::new("ip").args(["netns", "add", name]), b"").ok();
-        let network = json!({
-            "cniVersion": "1.0.0", "name": "lab", "type": "bridge", "bridge": "cni0",
-            "isGateway": true, "ipMasq": true, "hairpinMode": true,
-            "ipam": {
-                "type": "host-local",
-                "ranges": [[{"subnet": "10.88.0.0/16"}], [{"subnet": "fd88::/64"}]],
-                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
-            },
-        });
+        let mut network = bridge();
+        network["cniVersion"] = json!("1.0.0");
+        network["name"] = json!("lab");
         let ports = json!({
             "cniVersion": "1.0.0", "name": "lab", "type": "portmap", "capabilities": {"portMappings": true},
             "runtimeConfig": {"portMappings": [{"hostPort": host_port, "containerPort": 80, "protocol": "tcp"}]},

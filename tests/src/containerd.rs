@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
-use crate::command::eventually;
+use crate::{cni, command::eventually, cri};
 
 pub const SOCKET: &str = "/run/containerd/containerd.sock";
 /// Where the directories of tasks are, of the namespace that `ctr` uses.
@@ -32,6 +32,10 @@ const PROGRAMS: [&str; 3] = ["containerd", "ctr", "containerd-shim-runc-v2"];
 const PID: &str = "/run/husk-lab-containerd.pid";
 /// A configuration of somebody's own, for either version.
 const OWN_CONFIG: &str = "/etc/containerd/husk-lab.toml";
+/// There when CRI is served.
+const CRI: &str = "/run/husk-lab-cri";
+/// Where CRI looks for the pods' network.
+const CNI: &str = "/etc/cni/net.d";
 /// As long as a start or an end may take before it counts as hanging.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -60,26 +64,69 @@ impl Version {
         }
     }
 
-    /// Without CRI, which takes most of containerd's start, and without snapshotters that the lab has nothing for.
-    fn config(self) -> &'static str {
-        match self {
-            Version::V1_7 => {
-                r#"version = 2
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
-[debug]
-level = "info"
-"#
-            }
-            Version::V2_1 => {
-                r#"version = 3
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.nri.v1.nri"]
-[debug]
-level = "info"
-"#
-            }
+    /// Without snapshotters that the lab has nothing for, and with CRI only where it is wanted: it takes most of
+    /// containerd's start.
+    fn config(self, cri: bool) -> String {
+        let (version, named, of_cri) = match self {
+            Version::V1_7 => (2, "io.containerd.snapshotter.v1.aufs", CRI_1_7),
+            Version::V2_1 => (3, "io.containerd.cri.v1.images", CRI_2_1),
+        };
+        let mut disabled = vec![
+            "io.containerd.snapshotter.v1.btrfs",
+            "io.containerd.snapshotter.v1.zfs",
+            "io.containerd.snapshotter.v1.devmapper",
+            "io.containerd.nri.v1.nri",
+        ];
+        if self == Version::V1_7 || !cri {
+            disabled.push(named);
         }
+        if !cri {
+            disabled.push("io.containerd.grpc.v1.cri");
+            disabled.push("io.containerd.cri.v1.runtime");
+        }
+        let of_cri = if cri { of_cri } else { "" };
+        format!(
+            "version = {version}\ndisabled_plugins = {disabled:?}\n[debug]\nlevel = \"info\"\n{of_cri}"
+        )
     }
 }
+
+/// CRI with the handlers that tests name ([`crate::cri::Handler`]), for 1.7.
+const CRI_1_7: &str = r#"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "docker.io/library/husk-pause:latest"
+stream_server_address = "127.0.0.1"
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "/usr/lib/cni"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+default_runtime_name = "runc"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.husk]
+runtime_type = "io.containerd.husk.v2"
+privileged_without_host_devices = true
+"#;
+
+/// The same for 2.1, with husk by the sandbox API beside it.
+const CRI_2_1: &str = r#"
+[plugins."io.containerd.grpc.v1.cri"]
+stream_server_address = "127.0.0.1"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "docker.io/library/husk-pause:latest"
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dir = "/usr/lib/cni"
+[plugins."io.containerd.cri.v1.runtime".containerd]
+default_runtime_name = "runc"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk]
+runtime_type = "io.containerd.husk.v2"
+privileged_without_host_devices = true
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.husk-shim]
+runtime_type = "io.containerd.husk.v2"
+sandboxer = "shim"
+privileged_without_host_devices = true
+"#;
 
 impl FromStr for Version {
     type Err = anyhow::Error;
@@ -119,6 +166,47 @@ pub fn select(version: Version) -> Result<()> {
     Ok(())
 }
 
+/// Whether the next [`start`] starts one with CRI.
+pub fn serves_cri() -> bool {
+    Path::new(CRI).exists()
+}
+
+/// Has containerd serve CRI, or not, from now on: with the network that pods get (bridge, portmap) and the images of the
+/// lab in CRI's namespace. One that runs and is otherwise is started again.
+pub fn serve_cri(wanted: bool) -> Result<()> {
+    if serves_cri() == wanted {
+        return Ok(());
+    }
+    let runs = pid().is_some();
+    if runs {
+        stop()?;
+    }
+    if wanted {
+        fs::create_dir_all(CNI).with_context(|| format!("create {CNI}"))?;
+        let network = Path::new(CNI).join("10-lab.conflist");
+        let text = cni::conflist().to_string();
+        fs::write(&network, text).with_context(|| format!("write {}", network.display()))?;
+        fs::write(CRI, "").with_context(|| format!("write {CRI}"))?;
+    } else {
+        fs::remove_file(CRI).with_context(|| format!("remove {CRI}"))?;
+    }
+    if runs {
+        start()?;
+    }
+    if wanted && runs {
+        let imported = Command::new("ctr")
+            .args(["-n", cri::NAMESPACE, "image", "import", "/lab/demo.tar"])
+            .output()
+            .context("start ctr")?;
+        if !imported.status.success() {
+            let error = String::from_utf8_lossy(&imported.stderr);
+            bail!("import the lab's images for CRI: {error}");
+        }
+        cri::wait_for_images()?;
+    }
+    Ok(())
+}
+
 /// Starts the selected version and waits until it answers. It belongs to nobody: the lab's PID 1 reaps it.
 pub fn start() -> Result<()> {
     if let Some(pid) = pid() {
@@ -131,7 +219,7 @@ pub fn start() -> Result<()> {
         OWN_CONFIG.to_owned()
     } else {
         let path = format!("/run/husk-lab-containerd-{}.toml", selected().name());
-        fs::write(&path, selected().config()).with_context(|| format!("write {path}"))?;
+        fs::write(&path, selected().config(serves_cri())).with_context(|| format!("write {path}"))?;
         path
     };
     // Of one that has died: nothing of it may be taken for the new one's.

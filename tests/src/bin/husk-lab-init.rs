@@ -368,6 +368,7 @@ fn configure(case: &Case) -> Result<()> {
         COLD
     };
     fs::write("/etc/husk/config.toml", settings).context("write /etc/husk/config.toml")?;
+    containerd::serve_cri(case.target == "cri")?;
     if case.clones {
         quick("husk", &["template", "build"])?;
     }

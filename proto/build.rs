@@ -26,7 +26,10 @@ fn main() -> io::Result<()> {
         .run()?;
     let services = CONTRACTS.map(|name| format!("{name}_ttrpc.rs"));
     let messages = CONTRACTS.into_iter().chain([MESSAGES]);
-    for file in services.into_iter().chain(messages.map(|name| format!("{name}.rs"))) {
+    for file in services
+        .into_iter()
+        .chain(messages.map(|name| format!("{name}.rs")))
+    {
         strip_inner_attributes(&Path::new(&out).join(file))?;
     }
     Ok(())

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use husk_proto::{SHARES, SHARES_TAG};
+use husk_proto::{PAUSE_ROOT, SHARES, SHARES_TAG, SHM};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -24,6 +24,7 @@ use crate::container::Ground;
 use crate::events::Events;
 use crate::kmsg;
 use crate::launch;
+use crate::pause;
 use crate::pod::Pod;
 use crate::reaper::Reaper;
 use crate::service::Service;
@@ -187,7 +188,12 @@ fn prepare_for_containers() -> io::Result<()> {
         quiet,
         Some(c"nsdelegate,memory_recursiveprot"),
     )?;
-    mount_at(SHARES_TAG, SHARES, "virtiofs", MountFlags::empty(), None)
+    mount_at(SHARES_TAG, SHARES, "virtiofs", MountFlags::empty(), None)?;
+    // As large as everybody makes it who does not say how large.
+    let size = Some(c"mode=1777,size=65536k");
+    mount_at("shm", SHM, "tmpfs", quiet, size)?;
+    pause::set_up(Path::new(PAUSE_ROOT), Path::new("/init"))
+        .map_err(|error| named(&format!("set up {PAUSE_ROOT}"), error))
 }
 
 fn mount_at(

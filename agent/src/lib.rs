@@ -26,6 +26,7 @@ pub mod kmsg;
 pub mod launch;
 pub mod network;
 pub mod oci_init;
+pub mod pause;
 pub mod plan;
 pub mod pod;
 pub mod process;

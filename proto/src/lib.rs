@@ -56,3 +56,10 @@ pub const SHARES: &str = "/run/husk/shares";
 /// Where, in a specification for the agent, the namespaces of other containers seem to be: `<id>/ns/<type>`
 /// below. Nothing is there: the agent knows what is meant.
 pub const CONTAINERS: &str = "/run/husk/containers";
+/// A root file system of the guest's own, for a container that has none on the host: its one program, [`PAUSE`], waits to be
+/// told to end, and buries who has no parent.
+pub const PAUSE_ROOT: &str = "/run/husk/pause";
+/// The program in [`PAUSE_ROOT`], by its path in there.
+pub const PAUSE: &str = "/pause";
+/// The source of a bind mount that is the pod's shared memory: a file system in the guest's memory, empty at the pod's start.
+pub const SHM: &str = "/run/husk/shm";

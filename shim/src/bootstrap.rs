@@ -24,10 +24,7 @@ use crate::{
 };
 
 /// Annotations that name the group a container belongs to, the strongest first.
-const GROUPS: [&str; 2] = [
-    "io.containerd.runc.v2.group",
-    "io.kubernetes.cri.sandbox-id",
-];
+const GROUPS: [&str; 2] = ["io.containerd.runc.v2.group", spec::SANDBOX];
 
 /// Returns the answer for containerd. The working directory is the bundle.
 pub fn start(invocation: &Invocation) -> Result<String> {

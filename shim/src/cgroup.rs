@@ -5,6 +5,7 @@
 //! mark, and whoever leaves a marked parent empty removes it.
 
 use std::{
+    collections::HashMap,
     ffi::{CStr, CString},
     fs::{self, File},
     io,
@@ -18,6 +19,22 @@ use std::{
 };
 
 use thiserror::Error;
+
+/// What `files` reads.
+const STATS: [&str; 12] = [
+    "cpu.stat",
+    "io.stat",
+    "memory.current",
+    "memory.events",
+    "memory.max",
+    "memory.peak",
+    "memory.stat",
+    "memory.swap.current",
+    "memory.swap.max",
+    "memory.swap.peak",
+    "pids.current",
+    "pids.max",
+];
 
 /// The extended attribute of a cgroup that husk has made. Its value says nothing.
 const MARK: &CStr = c"trusted.husk";
@@ -223,6 +240,17 @@ pub fn kill_all(path: &Path, limit: Duration) {
             _ => return,
         }
     }
+}
+
+/// The files of a cgroup that say what is used, by name; those that are there.
+pub fn files(path: &Path) -> HashMap<String, String> {
+    let read = |name: &&str| {
+        Some((
+            (*name).to_owned(),
+            fs::read_to_string(path.join(name)).ok()?,
+        ))
+    };
+    STATS.iter().filter_map(read).collect()
 }
 
 /// Whether it is gone.

@@ -154,12 +154,12 @@ impl Pod {
         }
     }
 
-    /// `Shutdown`: everything of the pod goes, if nothing runs in it. The caller answers, and the
+    /// `Shutdown`: everything of the pod goes, if nothing runs in it and no sandbox is to be remembered. The caller answers, and the
     /// shim ends.
     pub async fn shutdown(&self) -> bool {
         {
             let mut containers = self.containers();
-            if !containers.by_id.is_empty() {
+            if !containers.by_id.is_empty() || self.sandbox().is_some() {
                 return false;
             }
             containers.closed = true;

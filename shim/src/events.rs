@@ -54,6 +54,21 @@ pub enum TaskEvent {
 }
 
 impl TaskEvent {
+    /// The id of the container that it is about.
+    pub fn container(&self) -> &str {
+        match self {
+            Self::Create(e) => &e.container_id,
+            Self::Start(e) => &e.container_id,
+            Self::Exit(e) => &e.container_id,
+            Self::Delete(e) => &e.container_id,
+            Self::Oom(e) => &e.container_id,
+            Self::ExecAdded(e) => &e.container_id,
+            Self::ExecStarted(e) => &e.container_id,
+            Self::Paused(e) => &e.container_id,
+            Self::Resumed(e) => &e.container_id,
+        }
+    }
+
     /// Topic, type and bytes. The type is spelled out here as protobuf's own reflection would cost
     /// each pod its tables.
     fn encode(&self) -> (&'static str, &'static str, protobuf::Result<Vec<u8>>) {

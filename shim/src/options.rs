@@ -41,6 +41,8 @@ const RUNCS: [(&str, &[&str]); 2] = [
             "SystemdCgroup",
             "CriuImagePath",
             "CriuWorkPath",
+            "TaskApiAddress",
+            "TaskApiVersion",
         ],
     ),
     // Of containerd 1.7's client, for a container with ids of its own (`ctr run --uidmap`).

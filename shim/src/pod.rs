@@ -39,7 +39,9 @@ use crate::{
     launch::{Launched, Setup, launch},
     log_program::Owner,
     options::Options,
+    pod_config,
     process::{Exit, Process},
+    sandbox::Sandbox,
     shares,
     spec::{self, Plan, Running},
     stdio::{self, Opened, Paths},
@@ -88,12 +90,16 @@ pub struct Pod {
     wanted: Mutex<Option<(Config, Ingredients)>>,
     events: Publisher,
     next_container: AtomicU64,
+    /// If containerd has the pod by its sandbox API.
+    pub(crate) sandbox: Mutex<Option<Sandbox>>,
+    /// The runtime options that came with the shim's start, if they could be read.
+    pub(crate) told: Option<Options>,
     /// The shim may go.
     pub over: Notify,
 }
 
 impl Pod {
-    pub fn new(identity: Identity, events: Publisher) -> Arc<Self> {
+    pub fn new(identity: Identity, told: Option<Options>, events: Publisher) -> Arc<Self> {
         Arc::new(Self {
             first: Arc::new(Timeline::since(identity.since_ns)),
             ahead: Mutex::default(),
@@ -103,6 +109,8 @@ impl Pod {
             wanted: Mutex::default(),
             events,
             next_container: AtomicU64::new(0),
+            sandbox: Mutex::default(),
+            told,
             over: Notify::new(),
         })
     }
@@ -129,9 +137,12 @@ impl Pod {
         }
     }
 
+    /// Tells containerd, but for what becomes of a sandbox's own container: that is no task of its.
     pub(crate) fn publish(&self, news: impl IntoIterator<Item = TaskEvent>) {
         for event in news {
-            self.events.publish(event);
+            if !self.is_sandbox(event.container()) {
+                self.events.publish(event);
+            }
         }
     }
 
@@ -163,6 +174,17 @@ impl Pod {
     pub async fn create(
         self: &Arc<Self>,
         request: CreateTaskRequest,
+        patience: Duration,
+    ) -> Result<u32, Fault> {
+        let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
+        self.create_with(request, options, patience).await
+    }
+
+    /// As [`Self::create`], with runtime options that did not come with the request.
+    pub(crate) async fn create_with(
+        self: &Arc<Self>,
+        request: CreateTaskRequest,
+        options: Options,
         patience: Duration,
     ) -> Result<u32, Fault> {
         if !is_identifier(&request.id) {
@@ -199,7 +221,7 @@ impl Pod {
             containers.by_id.insert(request.id.clone(), container);
         }
         let created = self
-            .create_reserved(&request, &paths, &timeline, patience)
+            .create_reserved(&request, &options, &paths, &timeline, patience)
             .await;
         if created.is_err() {
             self.abandon(&request.id, patience).await;
@@ -210,18 +232,18 @@ impl Pod {
     async fn create_reserved(
         self: &Arc<Self>,
         request: &CreateTaskRequest,
+        options: &Options,
         paths: &Paths,
         timeline: &Arc<Timeline>,
         patience: Duration,
     ) -> Result<u32, Fault> {
-        let options = Options::decode(request.options.as_ref()).map_err(Fault::invalid)?;
         let bundle = Path::new(&request.bundle);
         // May fail, so it comes before the VM started ahead is taken: whoever has that sees to its end.
         let opened = self.open_streams(paths, &request.id).await?;
         let index = self.next_container.fetch_add(1, Ordering::Relaxed);
         let ahead = self.ahead().take();
         let ahead = match ahead {
-            Some(ahead) if request.id == self.identity.id && ahead.is(bundle, &options) => {
+            Some(ahead) if request.id == self.identity.id && ahead.is(bundle, options) => {
                 Some(ahead)
             }
             Some(other) => {
@@ -234,8 +256,14 @@ impl Pod {
         let (config, spec, plan, vm) = match ahead {
             Some(ahead) => (ahead.config, ahead.spec, ahead.plan, Some(ahead.vm)),
             None => {
-                let config = Config::load(Path::new(CONFIG), &options).map_err(Fault::invalid)?;
+                let config = Config::load(Path::new(CONFIG), options).map_err(Fault::invalid)?;
                 let mut spec = spec::read(bundle).map_err(Fault::invalid)?;
+                if let Some(files) = self
+                    .shared_files()
+                    .filter(|_| request.id != self.identity.id)
+                {
+                    pod_config::complete(&mut spec, &files);
+                }
                 let prefix = format!("c{index}");
                 let running = self.vm().map(|vm| Running {
                     pid: vm.pid,
@@ -315,7 +343,7 @@ impl Pod {
         });
         self.with(&request.id, |container| {
             container.pid = vm.pid;
-            self.events.publish(event);
+            self.publish([event]);
             if let Some(early) = container.init.created(opened.streams) {
                 self.publish(container.exited("", early));
             }
@@ -422,10 +450,10 @@ impl Pod {
                         Ok(due.then(|| known.id.clone()))
                     });
                     if let Ok(Some(container_id)) = due {
-                        self.events.publish(TaskEvent::Oom(TaskOOM {
+                        self.publish([TaskEvent::Oom(TaskOOM {
                             container_id,
                             ..TaskOOM::default()
-                        }));
+                        })]);
                     }
                 }
             }
@@ -485,6 +513,7 @@ mod tests {
         };
         let pod = Pod::new(
             identity,
+            None,
             Publisher::start("default", "/nowhere/socket".into()),
         );
         let running = || {

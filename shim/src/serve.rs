@@ -25,7 +25,7 @@ use crate::{
     host_program::LowDescriptors,
     logger,
     pod::{Identity, Pod},
-    task,
+    sandbox, task,
 };
 
 /// The variable that says where containerd takes events.
@@ -79,14 +79,15 @@ fn serve(invocation: &Invocation) -> Result<()> {
             socket,
             since_ns: invocation.since_ns,
         };
-        let pod = Pod::new(identity, events.clone());
+        let pod = Pod::new(identity, options.clone(), events.clone());
         // Before anything that would have to be cleaned up after.
         pod.write_record(None).context("write the pod's record")?;
         listener.set_nonblocking(true)?;
         let listener = tokio::net::UnixListener::from_std(listener)?;
         let mut server = Server::new()
             .add_listener(Listener::from(listener))
-            .register_service(task::services(&pod));
+            .register_service(task::services(&pod))
+            .register_service(sandbox::services(&pod));
         server.start().await?;
         pod.start_ahead(options);
         pod.linger(FIRST);

@@ -18,7 +18,7 @@ use tokio::{sync::oneshot, time::timeout};
 use crate::{
     idmap::{self, IdMaps},
     mount::{self, Attributes},
-    spec::{Bind, Plan},
+    spec::{Bind, Plan, Root},
 };
 
 /// For all mounts of a container.
@@ -77,7 +77,7 @@ pub struct Share {
     pub exclusive: bool,
 }
 
-/// All shares of a container, its root file system first. Made by a thread of their own: a source
+/// All shares of a container, its root file system first, where that is the host's. Made by a thread of their own: a source
 /// may be on a file system that does not answer, which must not stop the shim, and the mount
 /// namespace that root file systems are mounted in is this thread's and ends with it.
 pub async fn prepare(plan: Plan, rootfs: Vec<Mount>) -> Result<Vec<Share>, ShareError> {
@@ -94,11 +94,14 @@ pub async fn prepare(plan: Plan, rootfs: Vec<Mount>) -> Result<Vec<Share>, Share
 }
 
 fn all(plan: &Plan, rootfs: &[Mount]) -> Result<Vec<Share>, ShareError> {
-    let mut shares = vec![Share {
-        name: plan.root_share.clone(),
-        tree: root(&plan.root, rootfs)?,
-        exclusive: true,
-    }];
+    let mut shares = Vec::new();
+    if let Some(Root { path, share }) = &plan.root {
+        shares.push(Share {
+            name: share.clone(),
+            tree: root(path, rootfs)?,
+            exclusive: true,
+        });
+    }
     for bind in &plan.binds {
         shares.push(Share {
             name: bind.share.clone(),

@@ -24,8 +24,9 @@ use crate::{
 /// Bytes of a `config.json` at most.
 const FILE_LIMIT: u64 = 16 << 20;
 
-/// CRI's annotation.
+/// CRI's annotations.
 const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+pub const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
 
 #[derive(Debug, Error)]
 pub enum SpecError {
@@ -73,12 +74,20 @@ pub struct Bind {
     pub idmap: Option<IdMaps>,
 }
 
+/// A root file system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Root {
+    /// `root.path`, absolute.
+    pub path: PathBuf,
+    /// Name of the share, as in [`Bind`].
+    pub share: String,
+}
+
 /// What the host has to do for a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// `root.path`, absolute. Where the rootfs is, or is to be mounted.
-    pub root: PathBuf,
-    pub root_share: String,
+    /// Where the rootfs is, or is to be mounted; none where it is the guest's own.
+    pub root: Option<Root>,
     pub binds: Vec<Bind>,
     pub network: Network,
     pub hooks: Hooks,
@@ -155,7 +164,8 @@ pub fn rewrite(
     }
     let hooks = hooks::take(spec)?;
     let network = namespaces::rewrite(spec, pod)?;
-    let (root, root_share) = rewrite_root(spec, bundle, prefix)?;
+    let root = rewrite_root(spec, bundle, prefix)?;
+    share_memory(spec);
     let binds = rewrite_binds(spec, bundle, prefix)?;
     note_what_is_ignored(spec);
     devices::rewrite(spec)?;
@@ -167,7 +177,6 @@ pub fn rewrite(
     };
     Ok(Plan {
         root,
-        root_share,
         binds,
         network,
         hooks,
@@ -189,11 +198,7 @@ fn note_what_is_ignored(spec: &Value) {
     }
 }
 
-fn rewrite_root(
-    spec: &mut Value,
-    bundle: &Path,
-    prefix: &str,
-) -> Result<(PathBuf, String), SpecError> {
+fn rewrite_root(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Option<Root>, SpecError> {
     let share = format!("{prefix}-root");
     let Some(Value::String(path)) = spec.pointer_mut("/root/path") else {
         return Err(refuse("root.path", "missing, or not a string"));
@@ -201,8 +206,28 @@ fn rewrite_root(
     if path.is_empty() {
         return Err(refuse("root.path", "empty"));
     }
-    let root = bundle.join(std::mem::replace(path, guest_path(&share)));
-    Ok((root, share))
+    if path == husk_proto::PAUSE_ROOT {
+        return Ok(None);
+    }
+    let path = bundle.join(std::mem::replace(path, guest_path(&share)));
+    Ok(Some(Root { path, share }))
+}
+
+/// What a pod of Kubernetes has at /dev/shm, a directory that CRI makes on the host for all of its containers, is in the
+/// guest's memory instead, which is where they share it.
+fn share_memory(spec: &mut Value) {
+    let annotation = format!("/annotations/{}", SANDBOX.replace('/', "~1"));
+    let Some(sandbox) = spec.pointer(&annotation).and_then(Value::as_str) else {
+        return;
+    };
+    let of_cri = format!("/sandboxes/{sandbox}/shm");
+    let mounts = spec.get_mut("mounts").and_then(Value::as_array_mut);
+    for mount in mounts.into_iter().flatten() {
+        let text = |name| mount.get(name).and_then(Value::as_str).unwrap_or_default();
+        if text("destination") == "/dev/shm" && text("source").ends_with(&of_cri) {
+            mount["source"] = json!(husk_proto::SHM);
+        }
+    }
 }
 
 fn guest_path(share: &str) -> String {
@@ -238,6 +263,10 @@ fn rewrite_binds(spec: &mut Value, bundle: &Path, prefix: &str) -> Result<Vec<Bi
         {
             let reason = format!("{option:?}: mounts made in a microVM cannot appear on the host");
             return Err(refuse(format!("{field}.options"), reason));
+        }
+        let source = mount.get("source").and_then(Value::as_str);
+        if source == Some(husk_proto::SHM) {
+            continue;
         }
         let attributes = attributes(&options);
         let idmap = idmap::take(mount, &field, containers.as_ref())?;
@@ -334,8 +363,9 @@ mod tests {
     fn takes_what_is_the_hosts_and_leaves_the_rest() {
         let mut spec = spec();
         let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0", None).unwrap();
-        assert_eq!(plan.root, Path::new("/b/rootfs"));
-        assert_eq!(plan.root_share, "c0-root");
+        let root = plan.root.unwrap();
+        assert_eq!(root.path, Path::new("/b/rootfs"));
+        assert_eq!(root.share, "c0-root");
         assert_eq!(plan.network, Network::Existing("/run/netns/a".into()));
         assert_eq!(plan.cgroups_path.as_deref(), Some("/default/x"));
         assert_eq!(plan.oom_score_adj, Some(100));
@@ -379,7 +409,7 @@ mod tests {
         let mut spec = spec();
         spec["root"]["path"] = "/var/lib/docker/merged".into();
         let plan = rewrite(&mut spec, Path::new("/b"), "x", "c0", None).unwrap();
-        assert_eq!(plan.root, Path::new("/var/lib/docker/merged"));
+        assert_eq!(plan.root.unwrap().path, Path::new("/var/lib/docker/merged"));
     }
 
     fn error_of(change: impl FnOnce(&mut Value)) -> String {

@@ -40,7 +40,7 @@ pub fn services(pod: &Arc<Pod>) -> HashMap<String, Service> {
 }
 
 /// Carries a request to its end, whether or not anybody still waits for the answer.
-async fn carry<T: Send + 'static>(
+pub(crate) async fn carry<T: Send + 'static>(
     request: &'static str,
     work: impl Future<Output = Result<T, Fault>> + Send + 'static,
 ) -> ttrpc::Result<T> {
@@ -53,7 +53,7 @@ async fn carry<T: Send + 'static>(
 }
 
 /// How long hooks may take: as long as whoever asks waits for the answer.
-fn patience(context: &TtrpcContext) -> Duration {
+pub(crate) fn patience(context: &TtrpcContext) -> Duration {
     match u64::try_from(context.timeout_nano) {
         Ok(nanoseconds @ 1..) => Duration::from_nanos(nanoseconds).min(hooks::PATIENCE),
         _ => hooks::PATIENCE,

@@ -118,6 +118,7 @@ pub struct Vm {
     pub machine: Machine,
     pub agent: AgentClient,
     cgroups: Vec<PathBuf>,
+    cgroup: Option<PathBuf>,
     /// The pod's network namespace.
     namespace: Option<OwnedFd>,
     /// What it has for the guest; none where it is new, and empty.
@@ -183,6 +184,7 @@ impl Vm {
             machine,
             agent: AgentClient::new(Client::new(Socket::new(Rationed::new(agent_socket)))),
             cgroups: vmm.cgroups.clone(),
+            cgroup: vmm.cgroup.clone(),
             namespace,
             network,
             vcpus: config.vcpus,
@@ -273,6 +275,11 @@ impl Vm {
                 }
             }
         });
+    }
+
+    /// The cgroup that the VMM is in, on a host with cgroup v2.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.as_deref()
     }
 
     /// cgroups that were made for this VM, outermost first.

@@ -32,6 +32,8 @@ pub struct Vmm {
     log: Arc<Mutex<VmmLog>>,
     /// cgroups that were made for it, outermost first.
     pub cgroups: Vec<PathBuf>,
+    /// The one that it is in.
+    pub cgroup: Option<PathBuf>,
 }
 
 impl Vmm {
@@ -70,6 +72,7 @@ impl Vmm {
                 pidfd,
                 log,
                 cgroups: cgroups.clone(),
+                cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
             })
         };
         start().inspect_err(|_| cgroup::remove(&cgroups))

@@ -219,7 +219,8 @@ pub fn start() -> Result<()> {
         OWN_CONFIG.to_owned()
     } else {
         let path = format!("/run/husk-lab-containerd-{}.toml", selected().name());
-        fs::write(&path, selected().config(serves_cri())).with_context(|| format!("write {path}"))?;
+        fs::write(&path, selected().config(serves_cri()))
+            .with_context(|| format!("write {path}"))?;
         path
     };
     // Of one that has died: nothing of it may be taken for the new one's.

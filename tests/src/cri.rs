@@ -250,7 +250,9 @@ impl Pod {
         let container = self.start(self.container(words));
         assert_eq!(container.exit_code(), 0, "{}", container.logs());
         let logs = container.logs();
-        container.remove().unwrap_or_else(|error| panic!("{error:#}"));
+        container
+            .remove()
+            .unwrap_or_else(|error| panic!("{error:#}"));
         logs
     }
 
@@ -431,7 +433,10 @@ fn make_cgroup(parent: &str) -> Result<()> {
         }
         let controllers = fs::read_to_string(path.join("cgroup.controllers"))?;
         for controller in controllers.split_whitespace() {
-            fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"))?;
+            fs::write(
+                path.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            )?;
         }
     }
     Ok(())

@@ -14,6 +14,8 @@ use std::{
         unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     },
     path::{Component, Path, PathBuf},
+    process,
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -157,6 +159,13 @@ impl PodCgroup {
         &self.made
     }
 
+    /// Moves this process, the shim, into it; [`leave`] takes it out again, without which the cgroup cannot be removed.
+    pub fn join(&self) -> io::Result<()> {
+        // Looked up before it is another.
+        home();
+        move_to(&self.path, process::id())
+    }
+
     /// The directory, for `CLONE_INTO_CGROUP`.
     pub fn directory(&self) -> BorrowedFd<'_> {
         self.directory.as_fd()
@@ -240,6 +249,33 @@ pub fn kill_all(path: &Path, limit: Duration) {
             _ => return,
         }
     }
+}
+
+/// The cgroup that this process was started in, absolute, on a host with cgroup v2.
+fn home() -> Option<&'static Path> {
+    static HOME: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let look = || {
+        let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+        Some(root()?.join(path.trim_start_matches('/')))
+    };
+    HOME.get_or_init(look).as_deref()
+}
+
+/// Moves this process back to where it was started.
+pub fn leave() {
+    send_home(process::id());
+}
+
+/// Moves a process to where this one was started: a child that has nothing to do with the pod.
+pub fn send_home(pid: u32) {
+    if let Some(Err(e)) = home().map(|home| move_to(home, pid)) {
+        log::warn!("move process {pid} out of the pod's cgroup: {e}");
+    }
+}
+
+fn move_to(cgroup: &Path, pid: u32) -> io::Result<()> {
+    fs::write(cgroup.join("cgroup.procs"), pid.to_string())
 }
 
 /// The files of a cgroup that say what is used, by name; those that are there.
@@ -344,6 +380,26 @@ mod tests {
         remove(pod.made());
         assert!(!pod.path().exists());
         fs::remove_dir(root.join(&parent)).unwrap();
+    }
+
+    #[test]
+    fn a_shim_that_has_joined_leaves_before_the_end() {
+        let Some(root) = root() else {
+            return;
+        };
+        let name = PathBuf::from(format!("husk-test-join-{}", process::id()));
+        let cgroup = PodCgroup::create(root, &name).unwrap();
+        let is_in = |path: &Path| {
+            let text = fs::read_to_string("/proc/self/cgroup").unwrap();
+            text.lines()
+                .any(|line| line == format!("0::/{}", path.display()))
+        };
+        cgroup.join().unwrap();
+        assert!(is_in(&name));
+        leave();
+        assert!(!is_in(&name));
+        remove(cgroup.made());
+        assert!(!cgroup.path().exists());
     }
 
     #[test]

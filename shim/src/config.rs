@@ -20,9 +20,9 @@ pub const DEFAULT_MEMORY_MIB: u64 = 256;
 /// The least memory that the guest's kernel is known to boot in, MiB.
 const MEMORY_MIB_MIN: u64 = 64;
 /// As much as fits below the guest-physical addresses every CPU has (36 bits), MiB.
-const MEMORY_MIB_MAX: u64 = 64 * 1024;
+pub(crate) const MEMORY_MIB_MAX: u64 = 64 * 1024;
 /// vCPUs of one pod at most (machine.proto).
-const VCPUS_MAX: u32 = 64;
+pub(crate) const VCPUS_MAX: u32 = 64;
 /// Where templates lie by default.
 const TEMPLATES: &str = "/var/lib/husk/templates";
 /// Disk space of all templates by default, MiB.

@@ -23,6 +23,7 @@ use crate::{
     },
     timeline::Timeline,
     vm::{Growth, GuestEvent, Vm, unanswered},
+    vmm::Place,
 };
 
 /// A clone gets this part of `agent_timeout`, so that there is as much left for booting after all.
@@ -34,6 +35,8 @@ pub struct Setup {
     pub network: Network,
     /// Below the root of cgroup v2.
     pub cgroup: PathBuf,
+    /// Whether this process is to be there, too.
+    pub with_shim: bool,
     /// Of the VMM's process.
     pub oom_score_adj: i64,
     /// Whose templates it may start from; none for a VM that has to boot.
@@ -60,8 +63,11 @@ pub async fn launch(setup: &Setup) -> Result<Launched, Fault> {
     };
     let network = network.as_ref().map(|(path, fd)| (path.as_path(), fd));
     let start = || {
-        let (config, cgroup) = (&setup.config, &setup.cgroup);
-        let started = Vm::start(config, network, cgroup, setup.oom_score_adj);
+        let place = Place {
+            cgroup: &setup.cgroup,
+            with_shim: setup.with_shim,
+        };
+        let started = Vm::start(&setup.config, network, place, setup.oom_score_adj);
         setup.timeline.mark("vmm");
         started
     };
@@ -328,6 +334,7 @@ mod tests {
             config,
             network: Network::New,
             cgroup: parent_cgroup(directory).join("vm"),
+            with_shim: false,
             oom_score_adj: 0,
             scope: None,
             timeline: Arc::default(),

@@ -65,6 +65,7 @@ pub mod record;
 pub mod sandbox;
 pub mod serve;
 pub mod shares;
+pub mod size;
 pub mod spawn;
 pub mod spec;
 pub mod stats;

@@ -365,10 +365,11 @@ impl Pod {
     /// What the VM of a container with this plan is made of.
     pub(crate) fn setup(
         &self,
-        config: Config,
+        mut config: Config,
         plan: &Plan,
         timeline: &Arc<Timeline>,
     ) -> Result<Setup, Fault> {
+        plan.demand.enlarge(&mut config);
         let cgroup = cgroup::of_pod(plan.cgroups_path.as_deref(), &self.identity.id)
             .map_err(Fault::invalid)?;
         Ok(Setup {
@@ -376,6 +377,7 @@ impl Pod {
             config,
             network: plan.network.clone(),
             cgroup,
+            with_shim: plan.kubernetes_namespace.is_some(),
             oom_score_adj: plan.oom_score_adj.unwrap_or(0),
             timeline: timeline.clone(),
         })

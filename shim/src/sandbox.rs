@@ -37,7 +37,6 @@ use crate::{
     cgroup,
     events::timestamp,
     fault::Fault,
-    options::Options,
     pod::Pod,
     pod_config::{self, SharedFile},
     process::Exit,

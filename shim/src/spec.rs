@@ -19,6 +19,7 @@ use crate::{
     idmap::{self, IdMaps},
     mount::Attributes,
     namespaces,
+    size::Demand,
 };
 
 /// Bytes of a `config.json` at most.
@@ -94,6 +95,8 @@ pub struct Plan {
     /// `linux.cgroupsPath` of the host, if there was one.
     pub cgroups_path: Option<String>,
     pub oom_score_adj: Option<i64>,
+    /// What is asked for of memory and processors.
+    pub demand: Demand,
     /// Of a pod of Kubernetes; containerd's own is `k8s.io` for all of these.
     pub kubernetes_namespace: Option<String>,
 }
@@ -182,6 +185,7 @@ pub fn rewrite(
         hooks,
         cgroups_path: cgroups_path.filter(|path| !path.is_empty()),
         oom_score_adj: spec.pointer("/process/oomScoreAdj").and_then(Value::as_i64),
+        demand: Demand::of(spec),
         kubernetes_namespace: spec
             .get("annotations")
             .and_then(|annotations| annotations.get(KUBERNETES_NAMESPACE))

@@ -40,7 +40,7 @@ use crate::{
     ration::Rationed,
     timeline::Timeline,
     untrusted,
-    vmm::Vmm,
+    vmm::{Place, Vmm},
 };
 
 /// How long the kernel may take to end a killed process.
@@ -145,7 +145,7 @@ impl Vm {
     pub fn start(
         config: &Config,
         network: Option<(&Path, &OwnedFd)>,
-        cgroup: &Path,
+        place: Place<'_>,
         oom_score_adj: i64,
     ) -> Result<(Arc<Self>, OwnedFd), Fault> {
         let begun = Instant::now();
@@ -155,7 +155,7 @@ impl Vm {
         let (machine, remote) = Machine::new().map_err(Fault::internal)?;
 
         let cgroup = match cgroup::root() {
-            Some(root) => Some(PodCgroup::create(root, cgroup).map_err(Fault::internal)?),
+            Some(root) => Some(PodCgroup::create(root, place.cgroup).map_err(Fault::internal)?),
             None => None,
         };
         // May fail, so it comes before anything that would have to be undone.
@@ -163,7 +163,8 @@ impl Vm {
             .map(|(path, fd)| Ok((path, fd.try_clone()?, fd.try_clone()?)))
             .transpose()
             .map_err(|e: io::Error| Fault::internal(e))?;
-        let vmm = Vmm::start(config, remote, network.map(|(_, fd)| fd), cgroup)?;
+        let namespace = network.map(|(_, fd)| fd);
+        let vmm = Vmm::start(config, remote, namespace, cgroup, place.with_shim)?;
         let network = OnceLock::new();
         let namespace = match given {
             Some((path, namespace, carried)) => {

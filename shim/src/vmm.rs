@@ -4,7 +4,7 @@
 use std::{
     fs,
     os::fd::{AsFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -34,6 +34,17 @@ pub struct Vmm {
     pub cgroups: Vec<PathBuf>,
     /// The one that it is in.
     pub cgroup: Option<PathBuf>,
+    /// The shim is in there, too.
+    joined: bool,
+}
+
+/// Where a VMM's process belongs.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'a> {
+    /// Below the root of cgroup v2.
+    pub cgroup: &'a Path,
+    /// Whether the shim goes there with it: to a pod of Kubernetes is charged what it takes.
+    pub with_shim: bool,
 }
 
 impl Vmm {
@@ -43,6 +54,7 @@ impl Vmm {
         remote: RemoteEnds,
         network: Option<&OwnedFd>,
         cgroup: Option<PodCgroup>,
+        with_shim: bool,
     ) -> Result<Self, Fault> {
         let cgroups = cgroup
             .as_ref()
@@ -67,7 +79,14 @@ impl Vmm {
                 spawn::end(&pidfd);
                 Fault::internal(format_args!("watch husk-vmm: {cause}"))
             })?;
+            let joined = cgroup.as_ref().filter(|_| with_shim).is_some_and(|cgroup| {
+                let joined = cgroup.join();
+                joined
+                    .inspect_err(|e| log::warn!("join {}: {e}", cgroup.path().display()))
+                    .is_ok()
+            });
             Ok(Self {
+                joined,
                 pid: child.pid,
                 pidfd,
                 log,
@@ -119,6 +138,9 @@ impl Vmm {
             return None;
         }
         let status = spawn::reap(self.pidfd.get_ref());
+        if self.joined {
+            cgroup::leave();
+        }
         cgroup::remove(&self.cgroups);
         status
     }

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     ahead::in_memory,
+    cgroup,
     config::{Config, ConfigError},
     options::Options,
     ready,
@@ -133,13 +134,16 @@ fn spawn(config: &Config, scope: &Scope) -> io::Result<Child> {
         config: config.to_toml().map_err(io::Error::other)?,
     };
     let name = env::args_os().next();
-    Command::new("/proc/self/exe")
+    let builder = Command::new("/proc/self/exe")
         .arg0(name.unwrap_or_else(|| "containerd-shim-husk-v2".into()))
         .arg("build-template")
         .stdin(in_memory(&serde_json::to_vec(&order)?)?)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
-        .spawn()
+        .spawn()?;
+    // It is not the pod's, and may outlive it.
+    cgroup::send_home(builder.id());
+    Ok(builder)
 }
 
 /// Returns at the end of a child, which is then still to be collected.

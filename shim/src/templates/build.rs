@@ -37,6 +37,7 @@ use crate::{
     machine::SavedImage,
     ready,
     vm::{Vm, unanswered},
+    vmm::Place,
 };
 
 /// For a booted machine to be prepared and written down, and for a clone to answer.
@@ -160,7 +161,11 @@ impl Builder<'_> {
         interrupted: &AsyncFd<OwnedFd>,
         work: impl AsyncFnOnce(&Arc<Vm>, OwnedFd) -> Result<(), Fault>,
     ) -> Result<(), BuildError> {
-        let started = Vm::start(self.config, None, &self.cgroup, OOM_SCORE);
+        let place = Place {
+            cgroup: &self.cgroup,
+            with_shim: false,
+        };
+        let started = Vm::start(self.config, None, place, OOM_SCORE);
         let (vm, agent) = started.map_err(BuildError::Machine)?;
         let limit = self.config.agent_timeout + SAVED;
         let outcome = tokio::select! {

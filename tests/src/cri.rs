@@ -20,6 +20,8 @@ use crate::{
 
 /// containerd's namespace for what comes through CRI.
 pub const NAMESPACE: &str = "k8s.io";
+/// Where the pods of the tests are, as `husk template build` has it: containerd's namespace, and Kubernetes'.
+pub const PODS: &str = "k8s.io/default";
 
 /// What containerd is configured to begin pods with.
 const PAUSE: &str = "docker.io/library/husk-pause:latest";

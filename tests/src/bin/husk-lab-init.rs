@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use husk_tests::containerd::{self, Version};
+use husk_tests::cri;
 use husk_tests::settings::{CLONES, COLD};
 use husk_tests::wire::{Case, Job, OUTPUT, PLAN, Plan, REPORTS, Report, Verdict};
 use rustix::pipe::PipeFlags;
@@ -368,9 +369,11 @@ fn configure(case: &Case) -> Result<()> {
         COLD
     };
     fs::write("/etc/husk/config.toml", settings).context("write /etc/husk/config.toml")?;
-    containerd::serve_cri(case.target == "cri")?;
+    let cri = case.target == "cri";
+    containerd::serve_cri(cri)?;
     if case.clones {
-        quick("husk", &["template", "build"])?;
+        let namespace = if cri { cri::PODS } else { "default" };
+        quick("husk", &["template", "build", "--namespace", namespace])?;
     }
     Ok(())
 }

@@ -2,9 +2,10 @@
 //!
 //! Samples of the two runtimes alternate, so that whatever drifts, drifts for both. Templates lie in
 //! memory, as everything else does there, and are built before the first sample. This file knows what is
-//! measured in which order; see `starts` (containers), `stdio`, `machines` (husk-vmm alone), `host` (what the
+//! measured in which order; see `starts` (containers), `stdio`, `cri` (pods of Kubernetes), `machines` (husk-vmm alone), `host` (what the
 //! kernel counts), `timeline` (the shim's own account of a start) and `report`.
 
+mod cri;
 mod host;
 mod machines;
 mod report;
@@ -32,7 +33,7 @@ const TEMPLATES: &str = "/var/tmp/husk-bench-templates";
 fn main() -> ExitCode {
     let mut args = env::args().skip(1);
     let Some(report) = args.next() else {
-        eprintln!("usage: husk-bench REPORT.json [starts|exec|stdio|machines|pods...]");
+        eprintln!("usage: husk-bench REPORT.json [starts|exec|stdio|machines|pods|cri...]");
         return ExitCode::from(2);
     };
     let wanted: Vec<String> = args.collect();
@@ -59,13 +60,16 @@ fn bench(path: &Path, wanted: &[String]) -> Result<()> {
     };
     let _settings = Settings::write(&settings(true));
     progress("template build");
-    let built = Command::new("husk").args(["template", "build"]).output();
-    let built = built.context("start husk template build")?;
-    ensure!(
-        built.status.success(),
-        "husk template build: {}",
-        String::from_utf8_lossy(&built.stderr)
-    );
+    for namespace in ["default", husk_tests::cri::PODS] {
+        let mut build = Command::new("husk");
+        build.args(["template", "build", "--namespace", namespace]);
+        let built = build.output().context("start husk template build")?;
+        ensure!(
+            built.status.success(),
+            "husk template build: {}",
+            String::from_utf8_lossy(&built.stderr)
+        );
+    }
 
     let mut report = Report::new();
     let mut log = Log::open()?;
@@ -92,6 +96,11 @@ fn bench(path: &Path, wanted: &[String]) -> Result<()> {
         progress("start-50, pss-per-pod: husk");
         let husk = starts::crowd(Side::Husk)?;
         report.add(starts::crowds(runc, husk));
+    }
+    if wants("cri") {
+        progress("cri-pod, cri-pod-cold, cri-exec");
+        let measures = cri::pods(&mut log, &mut report.timelines)?;
+        report.add(measures);
     }
     progress("done");
     report.write(path)?;

@@ -36,6 +36,10 @@ const WITHOUT_CLONES: [&str; 6] = [
     "hostile",
     "processes",
 ];
+/// Long comparisons that run in one half each time, and in the other one in `make test-long`: nothing of them depends on
+/// how the guest has started, and little on which containerd it is.
+const WITH_BOOTS_ALONE: [&str; 2] = ["compared::namespaces::", "compared::process::the_rest"];
+const WITH_CLONES_ALONE: [&str; 2] = ["compared::devices::", "compared::process::capabilities"];
 /// The containerd that pods boot under, and the one that clones start under.
 const BOOTS_ON: Version = Version::V2_1;
 const CLONES_ON: Version = Version::V1_7;
@@ -71,7 +75,7 @@ pub fn run(options: &Options) -> Result<u8> {
                 let title = case.title();
                 let chosen = |word: &String| title.contains(word);
                 let wanted = options.words.is_empty() || options.words.iter().any(chosen);
-                let long = ignored.contains(&case.name);
+                let long = ignored.contains(&case.name) || is_the_other_halfs(&case, options);
                 if !wanted || (options.ignored && !long) {
                     tally.filtered += 1;
                 } else if long && !options.ignored {
@@ -138,6 +142,16 @@ pub fn run(options: &Options) -> Result<u8> {
         directories.join(", ")
     );
     Ok(u8::from(total.failed > 0))
+}
+
+/// Whether the other half has this one. Whoever names a test, or wants one half alone, gets it as it is.
+fn is_the_other_halfs(case: &Case, options: &Options) -> bool {
+    let others = match case.clones {
+        true => WITH_BOOTS_ALONE,
+        false => WITH_CLONES_ALONE,
+    };
+    let title = case.title();
+    !options.cold && options.words.is_empty() && others.iter().any(|one| title.starts_with(one))
 }
 
 fn has_clones(case: &Case) -> bool {

@@ -22,6 +22,7 @@ use crate::{
     fault::Fault,
     pod::{ANSWER, DRAIN, Pod},
     process::{Exit, Process, UNKNOWN_STATUS},
+    size::Demand,
     stdio::{self, Paths},
     vm::Vm,
 };
@@ -490,13 +491,19 @@ impl Pod {
     /// `Update`: `resources` is an OCI `linux.resources` object as JSON.
     pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<(), Fault> {
         self.with(id, |_| Ok(()))?;
+        // The agent says what is wrong with it.
+        let demand = serde_json::from_slice(&resources)
+            .map(|resources| Demand::of_resources(&resources))
+            .unwrap_or_default();
         let request = api::UpdateRequest {
             container_id: id.to_owned(),
             resources,
             ..api::UpdateRequest::default()
         };
-        let answer = self.running_vm()?.agent.update(limited(), &request).await;
+        let vm = self.running_vm()?;
+        let answer = vm.agent.update(limited(), &request).await;
         answer.map_err(|e| Fault::of_call("update the container", e))?;
+        vm.note_limits(id, demand);
         Ok(())
     }
 

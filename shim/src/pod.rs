@@ -350,6 +350,7 @@ impl Pod {
             Ok(())
         })?;
         timeline.mark("created");
+        vm.note_limits(&request.id, plan.demand);
         Ok(vm.pid)
     }
 

@@ -37,16 +37,35 @@ impl Demand {
             annotation("cpu-quota"),
             annotation("cpu-period"),
         );
-        let limit = |at: &str| spec.pointer(&format!("/linux/resources/{at}"))?.as_i64();
-        let of_container = Self::from_limits(
-            limit("memory/limit"),
-            limit("cpu/quota"),
-            limit("cpu/period"),
-        );
+        let resources = spec.pointer("/linux/resources");
+        let of_container = resources.map(Self::of_resources).unwrap_or_default();
         Self {
             memory_bytes: of_pod.memory_bytes.or(of_container.memory_bytes),
             cpus: of_pod.cpus.or(of_container.cpus),
         }
+    }
+
+    /// Of `linux.resources`.
+    pub fn of_resources(resources: &Value) -> Self {
+        let limit = |at: &str| resources.pointer(at)?.as_i64();
+        Self::from_limits(
+            limit("/memory/limit"),
+            limit("/cpu/quota"),
+            limit("/cpu/period"),
+        )
+    }
+
+    /// What of it a guest of this size cannot give, in words for the log.
+    pub fn beyond(self, memory_mib: u64, vcpus: u32) -> Option<String> {
+        let limit_mib = self.memory_bytes.map_or(0, |bytes| bytes >> 20);
+        let memory = (limit_mib > memory_mib).then(|| format!("{limit_mib} MiB of memory"));
+        let cpus = self.cpus.filter(|cpus| *cpus > vcpus.into());
+        let cpus = cpus.map(|cpus| format!("{cpus} processors"));
+        let asked: Vec<String> = memory.into_iter().chain(cpus).collect();
+        (!asked.is_empty()).then(|| {
+            let asked = asked.join(" and ");
+            format!("limits of {asked} are more than the microVM has ({memory_mib} MiB, {vcpus})")
+        })
     }
 
     /// As cgroups have them: bytes, and microseconds of CPU time in a period. What is not above 0 is no limit.
@@ -139,6 +158,21 @@ mod tests {
             let spec = annotated(memory, quota, period);
             assert_eq!(sized(&spec), size, "{memory} {quota}");
         }
+    }
+
+    #[test]
+    fn what_a_guest_cannot_give_is_said() {
+        let limits = |memory: u64, quota: u64| {
+            Demand::of_resources(&json!({"memory": {"limit": memory}, "cpu": {"quota": quota}}))
+        };
+        assert_eq!(limits(256 << 20, 100_000).beyond(256, 1), None);
+        assert_eq!(Demand::default().beyond(256, 1), None);
+        assert_eq!(
+            limits(512 << 20, 150_000).beyond(256, 1).as_deref(),
+            Some(
+                "limits of 512 MiB of memory and 2 processors are more than the microVM has (256 MiB, 1)"
+            )
+        );
     }
 
     #[test]

@@ -38,6 +38,7 @@ use crate::{
     machine::{Added, Machine},
     network::{self, Network},
     ration::Rationed,
+    size::Demand,
     timeline::Timeline,
     untrusted,
     vmm::{Place, Vmm},
@@ -123,6 +124,7 @@ pub struct Vm {
     namespace: Option<OwnedFd>,
     /// What it has for the guest; none where it is new, and empty.
     network: OnceLock<Network>,
+    memory_mib: u64,
     vcpus: u32,
     /// What it boots from, for errors.
     images: String,
@@ -188,6 +190,7 @@ impl Vm {
             cgroup: vmm.cgroup.clone(),
             namespace,
             network,
+            memory_mib: config.memory_mib,
             vcpus: config.vcpus,
             images: format!(
                 "kernel {}, initrd {}",
@@ -276,6 +279,13 @@ impl Vm {
                 }
             }
         });
+    }
+
+    /// Says in the log what container `id` is promised and cannot have: a VM does not grow once it runs.
+    pub fn note_limits(&self, id: &str, demand: Demand) {
+        if let Some(what) = demand.beyond(self.memory_mib, self.vcpus) {
+            log::warn!("container {id}: {what}");
+        }
     }
 
     /// The cgroup that the VMM is in, on a host with cgroup v2.

@@ -15,8 +15,9 @@ use std::{
 use arbitrary::{Arbitrary, Unstructured};
 use husk_proto::{
     machine::{
-        BootRequest, ConnectRequest, Connection, PauseRequest, RestoreRequest, ResumeRequest,
-        SaveRequest, ShareRequest, StatusRequest, StopRequest, UnshareRequest, WaitRequest,
+        AttachRequest, BootRequest, ConnectRequest, Connection, DetachRequest, PauseRequest,
+        RestoreRequest, ResumeRequest, SaveRequest, ShareRequest, StatusRequest, StopRequest,
+        UnshareRequest, WaitRequest,
     },
     machine_ttrpc::MachineClient,
 };
@@ -39,6 +40,8 @@ enum Step {
     Share(u8, String, bool),
     Unshare(String),
     Connect(Vec<(u8, u32)>),
+    Attach(Vec<u8>, Vec<u8>, Vec<u8>, u32),
+    Detach(u32),
     Status,
     Pause,
     Resume,
@@ -161,6 +164,23 @@ async fn act(client: &MachineClient, channel: &OwnedFd, mut raw: &UnixStream, st
                 ..Default::default()
             };
             client.connect(wait(), &request).await.is_err()
+        }
+        Step::Attach(taps, vhosts, mac, mtu) => {
+            let request = AttachRequest {
+                tap_fds: taps.into_iter().map(token).collect(),
+                vhost_fds: vhosts.into_iter().map(token).collect(),
+                mac,
+                mtu,
+                ..Default::default()
+            };
+            client.attach(wait(), &request).await.is_err()
+        }
+        Step::Detach(slot) => {
+            let request = DetachRequest {
+                slot,
+                ..Default::default()
+            };
+            client.detach(wait(), &request).await.is_err()
         }
         Step::Status => client.status(wait(), &StatusRequest::new()).await.is_ok(),
         Step::Pause => client.pause(wait(), &PauseRequest::new()).await.is_err(),

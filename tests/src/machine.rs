@@ -1,7 +1,7 @@
 //! husk-vmm driven by its contract alone, with no shim: what boots is whatever initrd a test gives it.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, IoSlice},
     mem::MaybeUninit,
     os::{
@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use husk_proto::{
     DESCRIPTOR_FD, MACHINE_FD,
     agent::HelloRequest,
@@ -270,6 +270,25 @@ impl Machine {
         self.process.0.id()
     }
 
+    /// How often a thread of the VMM has gone to sleep.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub fn sleeps(&self, thread: &str) -> Result<u64> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let status = fs::read_to_string(task?.path().join("status"))?;
+            let field = |name: &str| {
+                let mut lines = status.lines();
+                lines.find_map(|line| Some(line.strip_prefix(name)?.trim()))
+            };
+            if field("Name:") == Some(thread) {
+                let times = field("voluntary_ctxt_switches:").context("no count")?;
+                return Ok(times.parse()?);
+            }
+        }
+        bail!("the VMM has no thread {thread}")
+    }
+
     /// Hands over a descriptor; the answer is the token that names it.
     ///
     /// # Errors
@@ -418,6 +437,20 @@ impl Machine {
     /// # Errors
     /// What the VMM answers.
     pub async fn attach(&mut self, taps: &[OwnedFd], mac: [u8; 6], mtu: u32) -> Result<u8> {
+        self.attach_by(taps, &[], mac, mtu).await
+    }
+
+    /// The same, with the host's kernel to move the packets where there are `vhosts`.
+    ///
+    /// # Errors
+    /// What the VMM answers.
+    pub async fn attach_by(
+        &mut self,
+        taps: &[OwnedFd],
+        vhosts: &[OwnedFd],
+        mac: [u8; 6],
+        mtu: u32,
+    ) -> Result<u8> {
         let mut request = AttachRequest {
             mac: mac.to_vec(),
             mtu,
@@ -425,6 +458,9 @@ impl Machine {
         };
         for tap in taps {
             request.tap_fds.push(self.pass(tap)?);
+        }
+        for vhost in vhosts {
+            request.vhost_fds.push(self.pass(vhost)?);
         }
         let attached = self.client.attach(patience(), &request).await?;
         attached.slot.try_into().context("a slot")

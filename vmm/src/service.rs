@@ -338,13 +338,9 @@ impl Machine for MachineService {
         let vhosts = taken("vhost_fds", &request.vhost_fds);
         let vm = self.live_vm()?;
         let all = |taken: Vec<_>| taken.into_iter().collect::<ttrpc::Result<Vec<OwnedFd>>>();
-        let taps = all(taps)?;
-        if !all(vhosts)?.is_empty() {
-            let message = "vhost_fds: this husk-vmm moves the packets itself";
-            return Err(status(Code::UNIMPLEMENTED, message));
-        }
         let interface = Interface {
-            taps,
+            taps: all(taps)?,
+            vhosts: all(vhosts)?,
             mac: request.mac,
             mtu: request.mtu,
         };

@@ -6,6 +6,11 @@ use kvm_bindings as kvm;
 use libc::c_long;
 
 use super::threads::Role;
+use crate::devices::net::vhost::{
+    VHOST_GET_FEATURES, VHOST_GET_VRING_BASE, VHOST_NET_SET_BACKEND, VHOST_SET_FEATURES,
+    VHOST_SET_MEM_TABLE, VHOST_SET_OWNER, VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE,
+    VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
+};
 
 /// A call that is allowed when all conditions hold; several of a number are alternatives.
 pub(super) struct Allowed(pub(super) c_long, pub(super) &'static [Condition]);
@@ -183,6 +188,8 @@ const SERVICE: &[Allowed] = &[
     ioctl(&[Is(1, TUNSETVNETLE)]),
     ioctl(&[Is(1, TUNSETOFFLOAD)]),
     ioctl(&[Is(1, TUNSETQUEUE)]),
+    ioctl(&[Is(1, VHOST_GET_FEATURES)]),
+    ioctl(&[Is(1, VHOST_SET_OWNER)]),
 ];
 
 /// Running the guest; saying what state it is in; what the guest has devices do at once, that is
@@ -205,6 +212,8 @@ const VCPU: &[Allowed] = &[
     ioctl(&[Is(1, KVM_GET_XSAVE2)]),
     ioctl(&[Is(1, KVM_GET_XCRS)]),
     ioctl(&[Is(1, KVM_IOEVENTFD)]),
+    ioctl(&[Is(1, KVM_IRQFD)]),
+    ioctl(&[Is(1, KVM_SET_GSI_ROUTING)]),
     ioctl(&[Is(1, TUNSETOFFLOAD)]),
     ioctl(&[Is(1, TUNSETQUEUE)]),
     any(libc::SYS_epoll_ctl),
@@ -224,10 +233,23 @@ const VSOCK: &[Allowed] = &[
     any(libc::SYS_shutdown),
 ];
 
-/// Packets between the guest and a tap that there is, and how many of its queues are used.
+/// Packets between the guest and a tap that there is, and how many of its queues are used; or having the host's kernel
+/// move them.
 const NET: &[Allowed] = &[
     ioctl(&[Is(1, KVM_SIGNAL_MSI)]),
     ioctl(&[Is(1, TUNSETQUEUE)]),
+    ioctl(&[Is(1, KVM_IRQFD)]),
+    ioctl(&[Is(1, KVM_SET_GSI_ROUTING)]),
+    ioctl(&[Is(1, VHOST_SET_FEATURES)]),
+    ioctl(&[Is(1, VHOST_SET_MEM_TABLE)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_NUM)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_ADDR)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_BASE)]),
+    ioctl(&[Is(1, VHOST_GET_VRING_BASE)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_KICK)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_CALL)]),
+    ioctl(&[Is(1, VHOST_SET_VRING_ERR)]),
+    ioctl(&[Is(1, VHOST_NET_SET_BACKEND)]),
     any(libc::SYS_epoll_ctl),
     any(libc::SYS_epoll_wait),
 ];
@@ -296,6 +318,8 @@ const KVM_CREATE_VCPU: u32 = io(0x41);
 const KVM_SET_USER_MEMORY_REGION: u32 = iow::<kvm::kvm_userspace_memory_region>(0x46);
 const KVM_SET_TSS_ADDR: u32 = io(0x47);
 const KVM_REGISTER_COALESCED_MMIO: u32 = iow::<kvm::kvm_coalesced_mmio_zone>(0x67);
+const KVM_SET_GSI_ROUTING: u32 = iow::<kvm::kvm_irq_routing>(0x6a);
+const KVM_IRQFD: u32 = iow::<kvm::kvm_irqfd>(0x76);
 const KVM_IOEVENTFD: u32 = iow::<kvm::kvm_ioeventfd>(0x79);
 const KVM_SET_CLOCK: u32 = iow::<kvm::kvm_clock_data>(0x7b);
 const KVM_GET_CLOCK: u32 = ior::<kvm::kvm_clock_data>(0x7c);

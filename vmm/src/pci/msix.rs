@@ -3,6 +3,9 @@
 //! The table is shared between the vCPUs, which program it, and the device's threads, which signal.
 //! A message is sent as the table has it at that moment: no GSI routes, no irqfds, nothing to
 //! update in the kernel when the guest moves or masks a vector.
+//!
+//! But for what the host's kernel signals itself, by an eventfd: such a vector is wired to it, by an irqfd that
+//! follows the table. While the vector is masked there is none, and the eventfd's counter remembers.
 
 use std::{
     io,
@@ -11,6 +14,7 @@ use std::{
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::state::{MsixVector, StateError};
 
@@ -28,6 +32,25 @@ pub const CAPABILITY_WRITABLE: [u8; 2] = (ENABLE | MASK_ALL).to_le_bytes();
 /// Delivers messages to the guest's local APICs.
 pub trait MessageSink: Send + Sync {
     fn send(&self, address: u64, data: u32) -> io::Result<()>;
+
+    /// From now on `call` sends this message, with no thread of this process between; at once if it is ready already.
+    /// The answer is for [`Self::cut`].
+    ///
+    /// # Errors
+    /// The kernel refuses, or the message is none.
+    fn lead(&self, call: &EventFd, address: u64, data: u32) -> io::Result<u32> {
+        let _ = (call, address, data);
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// The end of [`Self::lead`].
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    fn cut(&self, call: &EventFd, line: u32) -> io::Result<()> {
+        let _ = (call, line);
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 impl MessageSink for VmFd {
@@ -50,9 +73,19 @@ struct Vector {
     pending: bool,
 }
 
+/// An eventfd that raises a vector.
+struct Wire {
+    vector: u16,
+    call: Arc<EventFd>,
+    /// The message that it sends, by which line; none while it is held back.
+    message: Option<(u64, u32)>,
+    line: Option<u32>,
+}
+
 struct Table {
     vectors: Vec<Vector>,
     control: u16,
+    wires: Vec<Wire>,
 }
 
 /// The vectors of one device.
@@ -74,6 +107,7 @@ impl Msix {
             table: Mutex::new(Table {
                 vectors: vec![vector; count.into()],
                 control: 0,
+                wires: Vec::new(),
             }),
             sink,
         }
@@ -99,6 +133,30 @@ impl Msix {
             vector.pending = true;
         }
         self.deliver(&mut table);
+    }
+
+    /// Has `call` raise `vector`, whatever the guest makes of it, until [`Self::unwire`].
+    pub fn wire(&self, vector: u16, call: &Arc<EventFd>) {
+        let mut table = self.lock();
+        table.wires.push(Wire {
+            vector,
+            call: Arc::clone(call),
+            message: None,
+            line: None,
+        });
+        self.deliver(&mut table);
+    }
+
+    /// `call` raises nothing any more.
+    pub fn unwire(&self, call: &Arc<EventFd>) {
+        let mut table = self.lock();
+        table.wires.retain_mut(|wire| {
+            let goes = Arc::ptr_eq(&wire.call, call);
+            if goes {
+                self.lead(wire, None);
+            }
+            !goes
+        });
     }
 
     /// The guest wrote Message Control.
@@ -196,9 +254,16 @@ impl Msix {
         Ok(())
     }
 
-    /// Sends what is pending and not masked.
+    /// Sends what is pending and not masked, and has the wires follow the table.
     fn deliver(&self, table: &mut Table) {
-        if table.control & ENABLE == 0 || table.control & MASK_ALL != 0 {
+        let open = table.control & ENABLE != 0 && table.control & MASK_ALL == 0;
+        for wire in &mut table.wires {
+            let vector = table.vectors.get(usize::from(wire.vector));
+            let vector =
+                vector.filter(|vector| open && vector.control & VECTOR_CONTROL_MASKED == 0);
+            self.lead(wire, vector.map(|vector| (vector.address, vector.data)));
+        }
+        if !open {
             return;
         }
         for vector in &mut table.vectors {
@@ -209,6 +274,25 @@ impl Msix {
             // The guest chose the address. One that names no APIC reaches nobody, as on hardware.
             if let Err(e) = self.sink.send(vector.address, vector.data) {
                 log::debug!("KVM_SIGNAL_MSI to {:#x}: {e}", vector.address);
+            }
+        }
+    }
+
+    fn lead(&self, wire: &mut Wire, message: Option<(u64, u32)>) {
+        if wire.message == message {
+            return;
+        }
+        wire.message = message;
+        if let Some(line) = wire.line.take() {
+            if let Err(e) = self.sink.cut(&wire.call, line) {
+                log::warn!("vector {}: cut its irqfd: {e}", wire.vector);
+            }
+        }
+        if let Some((address, data)) = message {
+            match self.sink.lead(&wire.call, address, data) {
+                Ok(line) => wire.line = Some(line),
+                // As above.
+                Err(e) => log::debug!("irqfd to {address:#x}: {e}"),
             }
         }
     }
@@ -244,13 +328,23 @@ fn locate(offset: u64, length: usize) -> Option<(usize, usize)> {
 mod tests {
     use super::*;
 
+    /// Messages, and those that lines lead to.
     #[derive(Default)]
-    struct Sent(Mutex<Vec<(u64, u32)>>);
+    struct Sent(Mutex<Vec<(u64, u32)>>, Mutex<Vec<Option<(u64, u32)>>>);
 
     impl MessageSink for Sent {
         fn send(&self, address: u64, data: u32) -> io::Result<()> {
             self.0.lock().unwrap().push((address, data));
             Ok(())
+        }
+        fn lead(&self, _: &EventFd, address: u64, data: u32) -> io::Result<u32> {
+            let mut lines = self.1.lock().unwrap();
+            lines.push(Some((address, data)));
+            Ok(lines.len() as u32 - 1)
+        }
+        fn cut(&self, _: &EventFd, line: u32) -> io::Result<()> {
+            let line = self.1.lock().unwrap()[line as usize].take();
+            line.map(drop).ok_or(io::ErrorKind::NotFound.into())
         }
     }
 
@@ -296,6 +390,49 @@ mod tests {
         assert!(sent.0.lock().unwrap().is_empty());
         msix.set_control(ENABLE);
         assert_eq!(sent.0.lock().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_wire_leads_where_the_table_says_while_the_vector_is_open() {
+        let (sent, msix) = msix();
+        let lines = || {
+            sent.1
+                .lock()
+                .unwrap()
+                .iter()
+                .flatten()
+                .copied()
+                .collect::<Vec<_>>()
+        };
+        let call = Arc::new(EventFd::new(0).unwrap());
+        msix.write_table(28, &0u32.to_le_bytes());
+        msix.wire(1, &call);
+        assert_eq!(lines(), []);
+        msix.set_control(ENABLE);
+        assert_eq!(lines(), [(0xfee0_1000, 0x41)]);
+        // A vector of no queue's is nothing.
+        let nobody = Arc::new(EventFd::new(0).unwrap());
+        msix.wire(0xffff, &nobody);
+        assert_eq!(lines(), [(0xfee0_1000, 0x41)]);
+        // Linux moves one: masked, changed, open.
+        msix.write_table(28, &1u32.to_le_bytes());
+        assert_eq!(lines(), []);
+        msix.write_table(24, &0x52u32.to_le_bytes());
+        assert_eq!(lines(), []);
+        msix.write_table(28, &0u32.to_le_bytes());
+        assert_eq!(lines(), [(0xfee0_1000, 0x52)]);
+        let before = sent.1.lock().unwrap().len();
+        msix.set_control(ENABLE | MASK_ALL);
+        assert_eq!(lines(), []);
+        msix.set_control(ENABLE);
+        msix.set_control(ENABLE);
+        assert_eq!(lines(), [(0xfee0_1000, 0x52)]);
+        assert_eq!(sent.1.lock().unwrap().len(), before + 1);
+        msix.unwire(&call);
+        msix.unwire(&nobody);
+        msix.set_control(0);
+        msix.set_control(ENABLE);
+        assert_eq!(lines(), []);
     }
 
     #[test]

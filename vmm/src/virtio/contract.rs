@@ -424,7 +424,7 @@ impl Subject for NetSubject {
         let taps = Tap::all(queues.drain(..Self::PAIRS).collect()).unwrap();
         self.taps.truncate(2);
         self.taps.push((network, queues));
-        Box::new(Net::new(taps, net::MAC, 1500, Ending::default()).unwrap())
+        Box::new(Net::new(taps, vec![], net::MAC, 1500, Ending::default()).unwrap())
     }
 
     /// A frame comes by the first pair, where it is the only one, and one goes by the second.

@@ -75,6 +75,17 @@ pub struct Chain<'m> {
     pub writable: Vec<VolatileSlice<'m>>,
 }
 
+impl Interrupt {
+    /// Has `call` raise it, until [`Self::unwire`].
+    pub fn wire(&self, call: &Arc<EventFd>) {
+        self.msix.wire(self.vector, call);
+    }
+
+    pub fn unwire(&self, call: &Arc<EventFd>) {
+        self.msix.unwire(call);
+    }
+}
+
 impl Queue {
     /// Takes a queue as the driver has configured it. `ring` must be marked ready.
     pub(super) fn new(
@@ -225,6 +236,18 @@ impl Queue {
     /// Asks for no doorbell until [`Self::arm`].
     pub fn disarm(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
         Ok(self.ring.disable_notification(ram)?)
+    }
+
+    /// The host's kernel has served the queue up to its entry `next`, all of which it has given back.
+    pub fn go_to(&mut self, next: u16) {
+        self.ring.set_next_avail(next);
+        self.ring.set_next_used(next);
+        self.told = Wrapping(next);
+    }
+
+    /// The interrupt that tells the driver.
+    pub fn interrupt(&self) -> &Interrupt {
+        &self.interrupt
     }
 
     /// Where the queue stands.

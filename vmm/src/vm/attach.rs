@@ -9,7 +9,7 @@ use std::{
 
 use super::Vm;
 use crate::{
-    devices::net::{self, Net, Tap, TapError},
+    devices::net::{self, Net, Tap, TapError, Vhost, VhostError},
     pci::{PciError, msix::MessageSink},
     virtio::{
         DeviceError,
@@ -21,6 +21,8 @@ use crate::{
 pub struct Interface {
     /// The tap's queues.
     pub taps: Vec<OwnedFd>,
+    /// None, or a /dev/vhost-net for each of them.
+    pub vhosts: Vec<OwnedFd>,
     /// The guest's.
     pub mac: Vec<u8>,
     pub mtu: u32,
@@ -31,6 +33,8 @@ pub struct Interface {
 pub enum AttachError {
     #[error("tap_fds: {0} queues, not 1 to {max}", max = net::PAIRS_MAX)]
     Queues(usize),
+    #[error("vhost_fds: {vhosts} for {queues} queues")]
+    Vhosts { vhosts: usize, queues: usize },
     #[error("mac: {0} bytes, not 6")]
     Mac(usize),
     #[error("mac: not that of one interface")]
@@ -39,6 +43,8 @@ pub enum AttachError {
     Mtu(u32),
     #[error(transparent)]
     Tap(#[from] TapError),
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
@@ -49,8 +55,13 @@ impl AttachError {
     /// Whether the client asked for something that cannot be; else the host failed, or there is no room.
     pub fn is_clients(&self) -> bool {
         match self {
-            Self::Queues(_) | Self::Mac(_) | Self::Multicast | Self::Mtu(_) => true,
+            Self::Queues(_)
+            | Self::Vhosts { .. }
+            | Self::Mac(_)
+            | Self::Multicast
+            | Self::Mtu(_) => true,
             Self::Tap(e) => !matches!(e, TapError::Host { .. }),
+            Self::Vhost(e) => !matches!(e, VhostError::Host { .. }),
             Self::Device(_) | Self::Bus(_) => false,
         }
     }
@@ -66,6 +77,10 @@ impl Vm {
         if !(1..=net::PAIRS_MAX).contains(&queues) {
             return Err(AttachError::Queues(queues));
         }
+        let vhosts = interface.vhosts.len();
+        if vhosts != 0 && vhosts != queues {
+            return Err(AttachError::Vhosts { vhosts, queues });
+        }
         let mac = <[u8; 6]>::try_from(interface.mac.as_slice());
         let mac = mac.map_err(|_| AttachError::Mac(interface.mac.len()))?;
         // Linux would take a random one in the place of such.
@@ -76,11 +91,12 @@ impl Vm {
         let mtu = mtu.and_then(|mtu| u16::try_from(mtu).ok());
         let mtu = mtu.ok_or(AttachError::Mtu(interface.mtu))?;
         let taps = Tap::all(interface.taps)?;
-        let device = Net::new(taps, mac, mtu, self.ending.clone())?;
+        let vhosts = Vhost::all(interface.vhosts)?;
+        let device = Net::new(taps, vhosts, mac, mtu, self.ending.clone())?;
         let device = VirtioPci::pluggable(
             Box::new(device),
             self.ram.clone(),
-            Arc::clone(&self.fd) as Arc<dyn MessageSink>,
+            Arc::clone(&self.routes) as Arc<dyn MessageSink>,
             Arc::clone(&self.fd) as Arc<dyn Doorbells>,
             self.ending.clone(),
         )?;

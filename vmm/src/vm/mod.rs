@@ -19,6 +19,7 @@ mod msr;
 mod plain;
 mod registers;
 mod restore;
+mod routes;
 mod save;
 pub mod vcpu;
 mod vcpu_state;
@@ -46,6 +47,7 @@ use self::{
     bus::GuestBus,
     coalesced::CoalescedWrites,
     ending::Ending,
+    routes::Routes,
     vcpu::{StuckVcpus, Vcpu, Vcpus},
 };
 use crate::{
@@ -184,6 +186,7 @@ impl BuildError {
 pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
+    routes: Arc<Routes>,
     vcpus: Vcpus,
     pci: Arc<Mutex<PciBus>>,
     console: Arc<Mutex<Console>>,
@@ -315,6 +318,7 @@ impl Chassis {
         }
         Ok(Vm {
             kvm: self.kvm,
+            routes: Arc::new(Routes::new(Arc::clone(&self.fd))),
             fd: self.fd,
             vcpus: started?,
             pci,

@@ -1,12 +1,14 @@
 //! virtio-net (virtio 1.2 §5.1) on a tap: packets go straight between guest memory and the tap.
 //!
 //! A thread for each pair of queues, with a queue of the tap of its own; the first also answers the control queue.
-//! The header of a packet is the tap's affair: it has the same one, and checks it.
+//! The header of a packet is the tap's affair: it has the same one, and checks it. Or the host's kernel does all of it,
+//! by vhost-net: then one thread is there for the control queue and to have the kernel begin and end.
 //!
 //! `tap` is a descriptor of the tap, `ports` all of them, `receive`, `transmit` and `control` a queue each, `pair` the
-//! thread; here is the device.
+//! thread; `vhost` is a descriptor of vhost-net, `kernel` the thread beside it; here is the device.
 
 mod control;
+mod kernel;
 mod pair;
 mod ports;
 mod receive;
@@ -16,6 +18,7 @@ pub(crate) mod tests;
 mod transmit;
 #[cfg(feature = "fuzzing")]
 mod turns;
+pub(crate) mod vhost;
 
 use std::{
     io,
@@ -32,7 +35,11 @@ use vmm_sys_util::eventfd::EventFd;
 pub use self::tap::{Tap, TapError};
 #[cfg(feature = "fuzzing")]
 pub use self::turns::Turns;
-use self::{pair::Pair, ports::Ports, receive::Receiver, tap::HEADER_SIZE, transmit::Transmitter};
+pub use self::vhost::{Vhost, VhostError};
+use self::{
+    kernel::Served, pair::Pair, ports::Ports, receive::Receiver, tap::HEADER_SIZE,
+    transmit::Transmitter,
+};
 use crate::{
     jail::{self, Role},
     memory::{GuestRam, VolatileSlice},
@@ -108,20 +115,22 @@ pub struct Net {
     workers: Vec<Worker>,
 }
 
-/// A pair's thread.
+/// A thread, that of a pair or of all.
 struct Worker {
     stopping: Arc<AtomicBool>,
     doorbell: EventFd,
-    thread: JoinHandle<Option<Vec<Queue>>>,
+    thread: JoinHandle<Vec<PairQueues>>,
 }
 
 impl Net {
-    /// A device with a pair of queues for each of the tap's, of which there are 1 to [`PAIRS_MAX`].
+    /// A device with a pair of queues for each of the tap's, of which there are 1 to [`PAIRS_MAX`]; with as many vhosts,
+    /// the host's kernel serves them.
     ///
     /// # Errors
     /// The host refuses.
     pub fn new(
         taps: Vec<Tap>,
+        vhosts: Vec<Vhost>,
         mac: [u8; 6],
         mtu: u16,
         ending: Ending,
@@ -129,7 +138,7 @@ impl Net {
         let net = Self {
             mac,
             mtu,
-            ports: Arc::new(Ports::new(taps).map_err(host("watch the tap"))?),
+            ports: Arc::new(Ports::new(taps, vhosts).map_err(host("watch the tap"))?),
             ending,
             workers: Vec::new(),
         };
@@ -149,50 +158,93 @@ impl Net {
         }
     }
 
+    /// Starts a thread that serves `queues` by `serve` until it is to stop, and then returns them.
     fn start(
+        &self,
+        index: usize,
+        doorbell: &EventFd,
+        queues: Vec<PairQueues>,
+        serve: impl FnOnce(Vec<PairQueues>, Arc<AtomicBool>) -> Vec<PairQueues> + Send + 'static,
+    ) -> io::Result<Worker> {
+        let doorbell = doorbell.try_clone()?;
+        let stopping = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stopping);
+        // Handed over once there is a thread: one that cannot be started must not take them along.
+        let (hand_over, handed_over) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(format!("{NAME}-{index}"))
+            .stack_size(STACK);
+        let thread = jail::spawn(thread, Role::Net, move || match handed_over.recv() {
+            Ok(queues) => serve(queues, told),
+            Err(_) => Vec::new(),
+        })?;
+        // It waits for it.
+        let _ = hand_over.send(queues);
+        Ok(Worker {
+            stopping,
+            doorbell,
+            thread,
+        })
+    }
+
+    /// The thread of a pair.
+    fn start_pair(
         &self,
         index: usize,
         ram: &GuestRam,
         features: u64,
         queues: PairQueues,
     ) -> io::Result<Worker> {
-        let stopping = Arc::new(AtomicBool::new(false));
-        let worker = (
-            Arc::clone(&stopping),
-            queues.receive.doorbell().try_clone()?,
-        );
+        let doorbell = queues.receive.doorbell().try_clone()?;
         let (ram, ports, ending) = (ram.clone(), Arc::clone(&self.ports), self.ending.clone());
         let mergeable = features & F_MRG_RXBUF != 0;
         let longest = self.longest(features);
-        // Handed over once there is a thread: one that cannot be started must not take them along.
-        let (hand_over, handed_over) = mpsc::channel::<PairQueues>();
-        let thread = thread::Builder::new()
-            .name(format!("{NAME}-{index}"))
-            .stack_size(STACK);
-        let thread = jail::spawn(thread, Role::Net, move || {
-            let queues = handed_over.recv().ok()?;
-            let mut pair = Pair {
-                ram: &ram,
-                receiver: Receiver::new(&ram, queues.receive, mergeable, longest),
-                transmitter: Transmitter::new(&ram, queues.transmit),
-                control: queues.control,
-                ports: Arc::clone(&ports),
+        self.start(index, &doorbell, vec![queues], move |queues, stopping| {
+            let served = queues
+                .into_iter()
+                .zip(ports.get(index))
+                .map(|(queues, port)| {
+                    let mut pair = Pair {
+                        ram: &ram,
+                        receiver: Receiver::new(&ram, queues.receive, mergeable, longest),
+                        transmitter: Transmitter::new(&ram, queues.transmit),
+                        control: queues.control,
+                        ports: Arc::clone(&ports),
+                        stopping: Arc::clone(&stopping),
+                        readable: true,
+                        writable: true,
+                    };
+                    if let Err(e) = pair.run(port) {
+                        ending.report(Cause::DeviceError, e);
+                    }
+                    pair.into_queues()
+                });
+            served.collect()
+        })
+    }
+
+    /// The thread beside the host's kernel, which serves all pairs.
+    fn start_kernel(
+        &self,
+        broken: &EventFd,
+        ram: &GuestRam,
+        features: u64,
+        pairs: Vec<PairQueues>,
+    ) -> io::Result<Worker> {
+        let (ram, ports, ending) = (ram.clone(), Arc::clone(&self.ports), self.ending.clone());
+        self.start(0, broken, pairs, move |pairs, stopping| {
+            let mut served = Served {
+                ram,
+                features,
+                pairs,
+                ports,
                 stopping,
-                readable: true,
-                writable: true,
+                serving: 0,
             };
-            if let Err(e) = pair.run(ports.get(index)?) {
+            if let Err(e) = served.run() {
                 ending.report(Cause::DeviceError, e);
             }
-            Some(pair.into_queues())
-        })?;
-        // It waits for it.
-        let _ = hand_over.send(queues);
-        let (stopping, doorbell) = worker;
-        Ok(Worker {
-            stopping,
-            doorbell,
-            thread,
+            served.into_queues()
         })
     }
 
@@ -260,8 +312,17 @@ impl VirtioDevice for Net {
         if let Some(first) = pairs.first_mut() {
             first.control = queues.next();
         }
-        for (index, pair) in pairs.into_iter().enumerate() {
-            match self.start(index, &ram, features, pair) {
+        let started = match self.ports.vhosts().next() {
+            Some(vhost) => vec![self.start_kernel(&vhost.broken, &ram, features, pairs)],
+            None => {
+                let pairs = pairs.into_iter().enumerate();
+                pairs
+                    .map(|(index, pair)| self.start_pair(index, &ram, features, pair))
+                    .collect()
+            }
+        };
+        for worker in started {
+            match worker {
                 Ok(worker) => self.workers.push(worker),
                 Err(cause) => {
                     self.stop();
@@ -278,11 +339,11 @@ impl VirtioDevice for Net {
             // Fails only when the counter is full: then it has been rung.
             let _ = worker.doorbell.write(1);
         }
-        let (mut queues, mut control) = (Vec::new(), Vec::new());
+        let (mut queues, mut control) = (Vec::new(), None);
         for worker in self.workers.drain(..) {
-            if let Ok(Some(mut pair)) = worker.thread.join() {
-                control.extend(pair.drain(2.min(pair.len())..));
-                queues.extend(pair);
+            for pair in worker.thread.join().unwrap_or_default() {
+                queues.extend([pair.receive, pair.transmit]);
+                control = control.or(pair.control);
             }
         }
         queues.extend(control);

@@ -12,7 +12,7 @@ use std::{
 use vmm_sys_util::epoll::{ControlOperation, EpollEvent, EventSet};
 
 use super::{
-    control, host,
+    PairQueues, control, host,
     ports::{Port, Ports, TAP},
     receive::Receiver,
     transmit::Transmitter,
@@ -53,9 +53,12 @@ impl Pair<'_> {
         served
     }
 
-    pub(super) fn into_queues(self) -> Vec<Queue> {
-        let pair = [self.receiver.into_queue(), self.transmitter.into_queue()];
-        pair.into_iter().chain(self.control).collect()
+    pub(super) fn into_queues(self) -> PairQueues {
+        PairQueues {
+            receive: self.receiver.into_queue(),
+            transmit: self.transmitter.into_queue(),
+            control: self.control,
+        }
     }
 
     fn watch_doorbells(

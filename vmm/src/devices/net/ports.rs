@@ -8,7 +8,7 @@ use std::{
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::tap::Tap;
+use super::{tap::Tap, vhost::Vhost};
 
 /// Epoll data of the tap.
 pub(super) const TAP: u64 = 1;
@@ -17,6 +17,8 @@ pub(super) const TAP: u64 = 1;
 pub(super) struct Port {
     pub(super) tap: Tap,
     pub(super) epoll: Epoll,
+    /// Where the host's kernel serves it: then nobody here waits for the tap.
+    pub(super) vhost: Option<Vhost>,
 }
 
 /// All queues of the tap. The first is always used.
@@ -26,12 +28,14 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Of queues that the tap uses, all of them. There is one at least.
-    pub(super) fn new(taps: Vec<Tap>) -> io::Result<Self> {
+    /// Of queues that the tap uses, all of them, and as many vhosts or none. There is one queue at least.
+    pub(super) fn new(taps: Vec<Tap>, vhosts: Vec<Vhost>) -> io::Result<Self> {
         let mut all = Vec::new();
+        let mut vhosts = vhosts.into_iter();
         for tap in taps {
             let epoll = Epoll::new()?;
-            let port = Port { tap, epoll };
+            let vhost = vhosts.next();
+            let port = Port { tap, epoll, vhost };
             port.watch(ControlOperation::Add)?;
             all.push(port);
         }
@@ -41,6 +45,11 @@ impl Ports {
 
     pub(super) fn get(&self, index: usize) -> Option<&Port> {
         self.all.get(index)
+    }
+
+    /// Those that the host's kernel serves: of all queues, or none.
+    pub(super) fn vhosts(&self) -> impl Iterator<Item = &Vhost> {
+        self.all.iter().filter_map(|port| port.vhost.as_ref())
     }
 
     /// How many queues there are.
@@ -84,6 +93,9 @@ impl Ports {
 
 impl Port {
     fn watch(&self, operation: ControlOperation) -> io::Result<()> {
+        if self.vhost.is_some() {
+            return Ok(());
+        }
         let both = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
         let event = EpollEvent::new(both, TAP);
         self.epoll.ctl(operation, self.tap.as_raw_fd(), event)

@@ -436,7 +436,7 @@ fn an_interface_that_is_down_or_gone_takes_packets_away() {
 #[test]
 fn commands_are_answered() {
     let (_network, fds) = Network::new(4);
-    let ports = Ports::new(Tap::all(fds).unwrap()).unwrap();
+    let ports = Ports::new(Tap::all(fds).unwrap(), vec![]).unwrap();
     let ram = ram();
     let (driver, mut queue) = testing_queue(&ram, 0);
     let mut at = 0;
@@ -493,7 +493,7 @@ fn the_tap_is_asked_for_what_the_driver_takes() {
 #[test]
 fn the_configuration_is_the_interfaces() {
     let (_network, fds) = Network::new(2);
-    let net = Net::new(Tap::all(fds).unwrap(), MAC, 9000, Ending::default()).unwrap();
+    let net = Net::new(Tap::all(fds).unwrap(), vec![], MAC, 9000, Ending::default()).unwrap();
     let mut config = [0xaa; 14];
     net.read_config(0, &mut config);
     assert_eq!(

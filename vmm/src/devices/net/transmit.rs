@@ -12,7 +12,7 @@ use crate::{
     },
 };
 
-const QUEUE: &str = "transmit";
+pub(super) const QUEUE: &str = "transmit";
 
 /// The transmit queue.
 pub(super) struct Transmitter<'m> {

@@ -33,7 +33,7 @@ impl<'m> Turns<'m> {
             return Err(in_queue(RECEIVE)(QueueError::Rings));
         };
         let longest = PACKET_MAX.min(longest.into());
-        let ports = Ports::new(vec![Tap::from(tap)]).map_err(host("watch the tap"))?;
+        let ports = Ports::new(vec![Tap::from(tap)], Vec::new()).map_err(host("watch the tap"))?;
         Ok(Self(Pair {
             ram,
             receiver: Receiver::new(ram, receive, mergeable, longest),
@@ -61,6 +61,10 @@ impl<'m> Turns<'m> {
 
     /// The device was stopped. What it had not used of the rings was never taken.
     pub fn stop(self) -> Vec<Queue> {
-        self.0.into_queues()
+        let pair = self.0.into_queues();
+        [pair.receive, pair.transmit]
+            .into_iter()
+            .chain(pair.control)
+            .collect()
     }
 }

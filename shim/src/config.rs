@@ -11,7 +11,7 @@ use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::options::Options;
+use crate::{network::Serving, options::Options};
 
 /// The file for all pods of the host. It need not exist.
 pub const CONFIG: &str = "/etc/husk/config.toml";
@@ -53,6 +53,24 @@ impl Sharing {
     }
 }
 
+/// Who moves the packets of a pod's network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum VhostNet {
+    /// The host's kernel where it has vhost-net, else the VMM.
+    Auto,
+    /// The VMM.
+    Off,
+}
+
+impl VhostNet {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Off => "off",
+        }
+    }
+}
+
 /// A complete, checked configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -72,6 +90,7 @@ pub struct Config {
     pub task_api: u32,
     /// Nothing else runs on the other threads of a core that the pod runs on.
     pub core_scheduling: bool,
+    pub vhost_net: VhostNet,
     pub templates: Sharing,
     /// On a file system of the host's own; need not exist.
     pub template_dir: PathBuf,
@@ -111,6 +130,7 @@ struct Table {
     log_level: Option<String>,
     task_api: Option<u32>,
     core_scheduling: Option<bool>,
+    vhost_net: Option<String>,
     templates: Option<String>,
     template_dir: Option<PathBuf>,
     template_space_mib: Option<u64>,
@@ -136,6 +156,14 @@ impl Config {
         Ok(config)
     }
 
+    /// How the pod's network is.
+    pub fn serving(&self) -> Serving {
+        Serving {
+            queues: self.vcpus,
+            vhost: self.vhost_net == VhostNet::Auto,
+        }
+    }
+
     fn defaults(library: &Path) -> Self {
         Self {
             vmm: library.join("husk-vmm"),
@@ -148,6 +176,7 @@ impl Config {
             log_level: None,
             task_api: 2,
             core_scheduling: false,
+            vhost_net: VhostNet::Auto,
             templates: Sharing::Namespace,
             template_dir: TEMPLATES.into(),
             template_space_mib: TEMPLATE_SPACE_MIB,
@@ -168,6 +197,7 @@ impl Config {
             log_level: None,
             task_api: Some(self.task_api),
             core_scheduling: Some(self.core_scheduling),
+            vhost_net: Some(self.vhost_net.name().into()),
             templates: Some(self.templates.name().into()),
             template_dir: Some(self.template_dir.clone()),
             template_space_mib: Some(self.template_space_mib),
@@ -253,6 +283,14 @@ impl Config {
             self.log_level = Some(parsed);
         }
         self.core_scheduling = table.core_scheduling.unwrap_or(self.core_scheduling);
+        if let Some(vhost_net) = table.vhost_net {
+            let known = [VhostNet::Auto, VhostNet::Off];
+            let Some(known) = known.into_iter().find(|known| known.name() == vhost_net) else {
+                let reason = "must be auto or off".into();
+                return refuse("vhost_net", format!("{vhost_net:?}"), reason);
+            };
+            self.vhost_net = known;
+        }
         if let Some(sharing) = table.templates {
             let known = [Sharing::Off, Sharing::Namespace, Sharing::Node];
             let Some(known) = known.into_iter().find(|known| known.name() == sharing) else {
@@ -319,6 +357,7 @@ mod tests {
         assert_eq!((config.memory_mib, config.vcpus), (256, 1));
         assert_eq!(config.agent_timeout, Duration::from_secs(10));
         assert_eq!(config.templates, Sharing::Namespace);
+        assert!(config.serving().vhost);
         assert!(config.kernel.ends_with("lib/husk/vmlinux"));
     }
 
@@ -338,10 +377,11 @@ mod tests {
     fn comes_back_from_its_own_toml() {
         let body = "memory_mib = 128\nkernel = \"/a \\\"b\\\"/ü\"\ntemplates = \"node\"\n\
                     template_space_mib = 7\ntemplate_dir = \"/t\"\ncmdline = \"a='b' \\\\\"\n\
-                    core_scheduling = true\n";
+                    core_scheduling = true\nvhost_net = \"off\"\n";
         let config = load(None, body).unwrap();
         assert_eq!(config.templates, Sharing::Node);
         assert!(config.core_scheduling);
+        assert!(!config.serving().vhost);
         assert_eq!(load(None, &config.to_toml().unwrap()).unwrap(), config);
     }
 
@@ -375,6 +415,7 @@ mod tests {
             ("templates = \"all\"", "templates = \"all\""),
             ("templates = true", "templates"),
             ("core_scheduling = \"yes\"", "core_scheduling"),
+            ("vhost_net = \"on\"", "vhost_net = \"on\""),
             ("template_dir = \"t\"", "template_dir"),
             ("template_space_mib = 0", "template_space_mib = 0"),
         ] {

@@ -26,7 +26,13 @@ use ttrpc::{
 };
 
 use crate::{
-    config::Config, fault::Fault, network::Tap, ration::Rationed, ready, shares::Share, untrusted,
+    config::Config,
+    fault::Fault,
+    network::{Tap, vhost},
+    ration::Rationed,
+    ready,
+    shares::Share,
+    untrusted,
 };
 
 /// For any request that the VMM can answer by itself.
@@ -223,8 +229,9 @@ impl Machine {
         Ok(())
     }
 
-    /// Plugs a tap in as a network interface; the slot on the guest's PCI bus that it has there.
-    pub async fn attach(&self, tap: Tap) -> Result<u32, Fault> {
+    /// Plugs a tap in as a network interface, whose packets the host's kernel moves where `vhost` says so and it can; the
+    /// slot on the guest's PCI bus that it has there.
+    pub async fn attach(&self, tap: Tap, vhost: bool) -> Result<u32, Fault> {
         let mut request = api::AttachRequest {
             mac: tap.mac,
             mtu: tap.mtu,
@@ -232,6 +239,14 @@ impl Machine {
         };
         for queue in &tap.queues {
             request.tap_fds.push(self.send(queue).await?);
+        }
+        if vhost {
+            // The VMM moves them itself where the host has none, or has no more of them.
+            let opened = vhost::open(tap.queues.len());
+            let opened = opened.inspect_err(|e| log::info!("the VMM moves the packets: {e}"));
+            for vhost in opened.unwrap_or_default() {
+                request.vhost_fds.push(self.send(vhost).await?);
+            }
         }
         drop(tap.queues);
         let answer = self.client.attach(limited(), &request).await;

@@ -36,7 +36,7 @@ use crate::{
     fault::Fault,
     identity::{self, ClockSteps},
     machine::{Added, Machine},
-    network::{self, Network},
+    network::{self, Network, Serving},
     ration::Rationed,
     size::Demand,
     timeline::Timeline,
@@ -126,6 +126,7 @@ pub struct Vm {
     network: OnceLock<Network>,
     memory_mib: u64,
     vcpus: u32,
+    serving: Serving,
     /// What it boots from, for errors.
     images: String,
     phase: watch::Sender<Phase>,
@@ -170,7 +171,7 @@ impl Vm {
         let network = OnceLock::new();
         let namespace = match given {
             Some((path, namespace, carried)) => {
-                let _ = network.set(Network::begin(carried, path, config.vcpus));
+                let _ = network.set(Network::begin(carried, path, config.serving()));
                 Some(namespace)
             }
             None => {
@@ -192,6 +193,7 @@ impl Vm {
             network,
             memory_mib: config.memory_mib,
             vcpus: config.vcpus,
+            serving: config.serving(),
             images: format!(
                 "kernel {}, initrd {}",
                 config.kernel.display(),
@@ -258,7 +260,7 @@ impl Vm {
         let namespace = namespace.try_clone().map_err(Fault::internal)?;
         let own = own_namespace(self.pid);
         self.network
-            .get_or_init(|| Network::begin(namespace, &own, self.vcpus));
+            .get_or_init(|| Network::begin(namespace, &own, self.serving));
         self.plug_network().await?;
         self.set_network().await?;
         self.follow_network();

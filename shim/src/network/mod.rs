@@ -12,6 +12,7 @@ mod redirect;
 mod survey;
 mod tap;
 mod trial;
+pub mod vhost;
 
 use std::{
     convert::Infallible,
@@ -81,6 +82,14 @@ pub enum NetworkError {
     Silent { path: PathBuf },
 }
 
+/// How an interface is served.
+#[derive(Clone, Copy, Debug)]
+pub struct Serving {
+    pub queues: u32,
+    /// By the host's kernel, where it can.
+    pub vhost: bool,
+}
+
 /// Empty once it is undone. A thread has it while the kernel looks or unmakes, so that tasks wait for it as they do for
 /// the kernel.
 type Shared = Arc<Mutex<Option<Made>>>;
@@ -91,21 +100,22 @@ type Outcome = Result<Shared, NetworkError>;
 pub struct Network {
     path: PathBuf,
     namespace: Arc<OwnedFd>,
-    /// Of each interface.
-    queues: u32,
+    /// Each interface.
+    serving: Serving,
     outcome: watch::Receiver<Option<Outcome>>,
     set: OnceCell<()>,
 }
 
 impl Network {
-    /// Begins to carry the namespace; so many queues for each interface. `path` is its name in errors.
-    pub fn begin(namespace: OwnedFd, path: &Path, queues: u32) -> Self {
+    /// Begins to carry the namespace. `path` is its name in errors.
+    pub fn begin(namespace: OwnedFd, path: &Path, serving: Serving) -> Self {
         let (path, namespace) = (path.to_owned(), Arc::new(namespace));
         let (tell, outcome) = watch::channel(None);
         let make = {
             let (path, namespace) = (path.clone(), namespace.clone());
             move || {
-                let made = enter(&namespace, &path).and_then(|()| Made::make(&path, queues));
+                let made =
+                    enter(&namespace, &path).and_then(|()| Made::make(&path, serving.queues));
                 tell.send_replace(Some(made.map(|made| Arc::new(Mutex::new(Some(made))))));
             }
         };
@@ -123,7 +133,7 @@ impl Network {
         Self {
             path,
             namespace,
-            queues,
+            serving,
             outcome,
             set: OnceCell::new(),
         }
@@ -170,7 +180,7 @@ impl Network {
             taps.flatten().collect()
         };
         for (index, tap) in taps {
-            let attached = machine.attach(tap).await;
+            let attached = machine.attach(tap, self.serving.vhost).await;
             let mut made = self.lock(made).await?;
             let Some(made) = made.as_mut() else {
                 return Err(self.is_gone());
@@ -263,7 +273,8 @@ impl Network {
     /// Looks at the namespace again, on a thread that is in it. Whether anything has changed.
     async fn look(&self, made: Shared) -> Result<bool, Fault> {
         let (answer, answered) = oneshot::channel();
-        let (namespace, path, queues) = (self.namespace.clone(), self.path.clone(), self.queues);
+        let (namespace, path) = (self.namespace.clone(), self.path.clone());
+        let queues = self.serving.queues;
         let look = move || {
             let looked =
                 enter(&namespace, &path).and_then(|()| match made.blocking_lock().as_mut() {

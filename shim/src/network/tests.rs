@@ -12,6 +12,11 @@ struct Place {
     path: PathBuf,
 }
 
+const SERVING: Serving = Serving {
+    queues: 1,
+    vhost: false,
+};
+
 impl Place {
     fn new() -> Self {
         let (tell, asked) = mpsc::channel::<String>();
@@ -56,7 +61,7 @@ impl Place {
     }
 
     fn begin(&self) -> Network {
-        Network::begin(self.namespace.try_clone().unwrap(), &self.path, 1)
+        Network::begin(self.namespace.try_clone().unwrap(), &self.path, SERVING)
     }
 }
 
@@ -355,7 +360,7 @@ async fn what_cannot_be_carried_is_named() {
     assert!(error().await.contains(": interface eth0: it asks nobody"));
     assert!(!pod.ok("ip link").contains("husk-"));
     let own = File::open("/proc/self/ns/net").unwrap();
-    let hosts = Network::begin(own.into(), Path::new("/proc/1/ns/net"), 1);
+    let hosts = Network::begin(own.into(), Path::new("/proc/1/ns/net"), SERVING);
     let error = hosts.made().await.unwrap_err().to_string();
     assert!(error.contains("the host's own"), "{error}");
 }

@@ -19,4 +19,5 @@ pub mod steady;
 pub mod tap;
 pub mod templates;
 pub mod terminal;
+pub mod traffic;
 pub mod wire;

@@ -1,8 +1,9 @@
 //! The pod's network: what is in its namespace on the host is the guest's, and every packet gets there.
 
 use std::{
-    io::{Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
+    fs,
+    io::Read,
+    net::{TcpListener, UdpSocket},
     thread,
     time::{Duration, Instant},
 };
@@ -11,9 +12,11 @@ use husk_tests::{
     census::Census,
     cni::Cni,
     command::{self, Outcome, PATIENCE, eventually, signal_by_name},
-    ctr::{Container, Runtime},
+    ctr::{Container, PROBE_MOUNT, Runtime},
+    machine::ECHO_PORT,
     netns::{HOST, HOST6, MAC, Namespace, POD, POD6, host},
     settings::Settings,
+    traffic,
 };
 
 fn idle_in(namespace: &Namespace, runtime: Runtime) -> Container {
@@ -105,49 +108,86 @@ fn the_guest_has_what_a_container_of_runc_has() {
 }
 
 const BYTES: usize = 16 << 20;
+/// What goes to the pod and back, and each byte is what it was.
+const LONG: u64 = 256 << 20;
 
-/// 16 MiB to a server of the pod's and back, at once, and every byte is what it was.
-fn echo(pod: &Container) {
-    let server = command::start(
-        &mut pod.exec_command(&[], &["nc", "-l", "-p", "7", "-e", "cat"]),
-        b"",
-    );
-    let mut stream = eventually(Instant::now() + PATIENCE, || {
-        thread::sleep(Duration::from_millis(100));
-        TcpStream::connect((POD, 7)).ok()
-    })
-    .expect("the pod's server answers");
-    // Xorshift: no two blocks are the same.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let sent: Vec<u8> = (0..BYTES / 8)
-        .flat_map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        })
-        .collect();
-    let writer = thread::spawn({
-        let (mut stream, sent) = (stream.try_clone().expect("clone"), sent.clone());
-        move || {
-            stream.write_all(&sent).expect("send");
-            stream.shutdown(Shutdown::Write).expect("end");
+/// A pod that answers whatever is sent to it.
+fn answering_in(namespace: &Namespace) -> Container {
+    let flag = namespace.flag();
+    let flags = ["--null-io", "--with-ns", &flag, "--mount", PROBE_MOUNT];
+    Container::detached(Runtime::Husk, &flags, &["/probe", "traffic"])
+}
+
+/// Those of the host's vhost-net that the pod's VMM has.
+fn vhosts(pod: &Container) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", pod.pid())).expect("its descriptors");
+    let paths = descriptors.flatten().map(|fd| fs::read_link(fd.path()));
+    let vhosts = paths.filter(|path| path.as_ref().is_ok_and(|path| path == "/dev/vhost-net"));
+    vhosts.count()
+}
+
+/// Of both families: datagrams that fit and that are sent in fragments, and a stream.
+fn everything_comes_back(bytes: u64) {
+    for address in [POD, POD6] {
+        let address = address.parse().expect("an address");
+        traffic::connect(address, ECHO_PORT).expect("the pod answers");
+        for length in [1, 1452, 1473, 9000, 60_000] {
+            let back = traffic::echo_datagram(address, length);
+            back.unwrap_or_else(|e| panic!("{length} bytes to {address}: {e}"));
         }
-    });
-    let mut got = Vec::with_capacity(BYTES);
-    stream.set_read_timeout(Some(PATIENCE)).expect("limit");
-    stream.read_to_end(&mut got).expect("receive");
-    writer.join().expect("writer");
-    assert_eq!(got.len(), sent.len());
-    assert!(got == sent, "bytes were changed on their way");
-    server.finish().ok();
+    }
+    traffic::echo_stream(POD6.parse().expect("an address"), BYTES as u64).expect("a stream");
+    traffic::echo_stream(POD.parse().expect("an address"), bytes).expect("a long stream");
 }
 
 #[test]
-fn a_stream_is_intact_both_ways() {
-    let namespace = Namespace::new("stream", 1500);
-    let pod = idle_in(&namespace, Runtime::Husk);
-    echo(&pod);
+fn everything_arrives_where_the_hosts_kernel_moves_packets() {
+    let namespace = Namespace::new("kernel", 1500);
+    let pod = answering_in(&namespace);
+    everything_comes_back(LONG);
+    assert_eq!(vhosts(&pod), 1);
+}
+
+#[test]
+fn everything_arrives_where_the_vmm_moves_packets() {
+    let _settings = Settings::write("vhost_net = \"off\"\n");
+    let namespace = Namespace::new("moved", 1500);
+    let pod = answering_in(&namespace);
+    everything_comes_back(LONG);
+    assert_eq!(vhosts(&pod), 0);
+}
+
+/// A name server on the host's side, by the pod's resolv.conf.
+#[test]
+fn names_are_looked_up() {
+    let namespace = Namespace::new("names", 1500);
+    let server = UdpSocket::bind((HOST, 53)).expect("bind");
+    thread::spawn(move || {
+        let mut query = [0; 512];
+        while let Ok((length, from)) = server.recv_from(&mut query) {
+            let _ = server.send_to(&answer(&query[..length]), from);
+        }
+    });
+    fs::write("/tmp/resolv.conf", format!("nameserver {HOST}\n")).expect("write");
+    let flag = namespace.flag();
+    let mount = "type=bind,src=/tmp/resolv.conf,dst=/etc/resolv.conf,options=rbind:ro";
+    let flags = ["--null-io", "--with-ns", &flag, "--mount", mount];
+    let pod = Container::detached(Runtime::Husk, &flags, &["sleep", "86400"]);
+    let found = shell(&pod, "nslookup -type=a server.husk.test").ok();
+    assert!(
+        found.contains("server.husk.test\nAddress: 10.1.2.3\n"),
+        "{found}"
+    );
+}
+
+/// To a query (RFC 1035 §4.1): the one address that this server knows.
+fn answer(query: &[u8]) -> Vec<u8> {
+    let mut answer = query.to_vec();
+    // An answer, with one record, and nothing else behind the question.
+    answer[2..12].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+    // The question's name, A, IN, a minute, four bytes.
+    answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 10, 1, 2, 3]);
+    answer
 }
 
 #[test]
@@ -195,13 +235,21 @@ fn packets_of_9000_bytes_go_both_ways() {
 fn a_pod_of_several_processors_has_as_many_queues() {
     let _settings = Settings::write("vcpus = 2\n");
     let namespace = Namespace::new("queues", 1500);
-    let pod = idle_in(&namespace, Runtime::Husk);
+    let pod = answering_in(&namespace);
     let script = "ls -d /sys/class/net/eth0/queues/rx-* | wc -l; ls -d /sys/class/net/eth0/queues/tx-* | wc -l";
     assert_eq!(shell(&pod, script).ok(), "2\n2\n");
     let tap = "ls -d /sys/class/net/husk-*/queues/rx-* | wc -l";
     let tap = namespace.run(&format!("mount -t sysfs sysfs /sys; {tap}"));
     assert_eq!(tap.ok(), "2\n");
-    echo(&pod);
+    assert_eq!(vhosts(&pod), 2);
+    let address = POD.parse().expect("an address");
+    thread::scope(|scope| {
+        let streams =
+            [(); 4].map(|()| scope.spawn(|| traffic::echo_stream(address, BYTES as u64 / 4)));
+        for stream in streams {
+            stream.join().expect("a thread").expect("a stream");
+        }
+    });
 }
 
 /// As Kubernetes has it: both name the namespace that CNI has filled.

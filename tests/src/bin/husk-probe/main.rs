@@ -13,6 +13,7 @@
 //! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
 //!   [`Steady`](husk_tests::steady::Steady).
 //! * `husk-probe bomb`: makes children, each of which does the same, until it is killed.
+//! * `husk-probe traffic`: answers whoever sends something over the network, as [`traffic`](husk_tests::traffic) has it.
 //! * `husk-probe self [PATH...]`: prints all that it can see of itself, of its container and of these paths, see `look`.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
 //!   as `hostile` has it, or never answers anybody.
@@ -105,6 +106,13 @@ fn run() -> Result<()> {
         [verb] if verb == "streams" => streams(),
         [verb, file] if verb == "steady" => steady::run(Path::new(file)),
         [verb] if verb == "bomb" => bomb(),
+        [verb] if verb == "traffic" => {
+            network::echo()?;
+            network::bulk()?;
+            loop {
+                std::thread::park();
+            }
+        }
         [verb, paths @ ..] if verb == "self" => {
             let paths: Vec<_> = paths
                 .iter()
@@ -114,7 +122,7 @@ fn run() -> Result<()> {
         }
         _ => bail!(
             "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
-             steady FILE | bomb | self [PATH...]"
+             steady FILE | bomb | traffic | self [PATH...]"
         ),
     }
 }

@@ -3,14 +3,17 @@
 use std::{
     fs,
     io::{self, Read, Write},
-    net::{Ipv4Addr, TcpListener, UdpSocket},
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     os::fd::AsRawFd,
     path::PathBuf,
     thread,
 };
 
 use anyhow::{Context, Result};
-use husk_tests::machine::ECHO_PORT;
+use husk_tests::{
+    machine::ECHO_PORT,
+    traffic::{self, BULK_PORT},
+};
 use rustix::mount::{MountFlags, mount};
 
 fn place(slot: u8) -> PathBuf {
@@ -78,20 +81,17 @@ fn configure(name: &str, address: Ipv4Addr) -> Result<()> {
 
 /// Sends back what comes, by TCP and UDP.
 pub fn echo() -> Result<()> {
-    let listener = TcpListener::bind(("0.0.0.0", ECHO_PORT)).context("listen")?;
-    let datagrams = UdpSocket::bind(("0.0.0.0", ECHO_PORT)).context("bind")?;
-    thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            thread::spawn(move || {
-                let mut stream = stream;
-                let mut bytes = vec![0; 256 << 10];
-                while let Ok(length @ 1..) = stream.read(&mut bytes) {
-                    if stream.write_all(&bytes[..length]).is_err() {
-                        break;
-                    }
-                }
-            });
+    let listener = listen(ECHO_PORT)?;
+    let datagrams =
+        UdpSocket::bind(("::", ECHO_PORT)).or_else(|_| UdpSocket::bind(("0.0.0.0", ECHO_PORT)));
+    let datagrams = datagrams.context("bind")?;
+    serve(listener, |mut stream| {
+        stream.set_nodelay(true)?;
+        let mut bytes = vec![0; 256 << 10];
+        while let Ok(length @ 1..) = stream.read(&mut bytes) {
+            stream.write_all(&bytes[..length])?;
         }
+        Ok(())
     });
     thread::spawn(move || {
         let mut bytes = vec![0; 64 << 10];
@@ -100,4 +100,27 @@ pub fn echo() -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// One way at a time.
+pub fn bulk() -> Result<()> {
+    serve(listen(BULK_PORT)?, traffic::serve_bulk);
+    Ok(())
+}
+
+/// For clients of both families, where there are both.
+fn listen(port: u16) -> Result<TcpListener> {
+    let listener =
+        TcpListener::bind(("::", port)).or_else(|_| TcpListener::bind(("0.0.0.0", port)));
+    listener.context("listen")
+}
+
+/// A thread for each client.
+fn serve(listener: TcpListener, act: impl Fn(TcpStream) -> io::Result<()> + Copy + Send + 'static) {
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            // Clients come and go.
+            thread::spawn(move || drop(act(stream)));
+        }
+    });
 }

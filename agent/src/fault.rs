@@ -25,6 +25,9 @@ pub enum Fault {
     /// Right at another time.
     #[error("{0}")]
     State(String),
+    /// Who was to be reached cannot be.
+    #[error("{0}")]
+    Unavailable(String),
     /// The guest failed to do it.
     #[error("{0}")]
     Broken(String),
@@ -42,6 +45,7 @@ impl Fault {
             Fault::NotFound(_) => Code::NOT_FOUND,
             Fault::Exists(_) => Code::ALREADY_EXISTS,
             Fault::State(_) => Code::FAILED_PRECONDITION,
+            Fault::Unavailable(_) => Code::UNAVAILABLE,
             Fault::Broken(_) => Code::INTERNAL,
         }
     }

@@ -20,6 +20,7 @@ pub mod control;
 pub mod device_filter;
 pub mod events;
 pub mod fault;
+pub mod forward;
 pub mod grow;
 pub mod identity;
 pub mod kmsg;

@@ -10,12 +10,13 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use husk_proto::agent::{SetNetworkRequest, Stdio};
+use husk_proto::agent::{DialRequest, SetNetworkRequest, Stdio};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::spawn_local;
 
 use crate::container::{Container, Ground, Joined};
 use crate::fault::Fault;
+use crate::forward::Connections;
 use crate::grow::{self, Size};
 use crate::network::Network;
 use crate::rehearsal;
@@ -29,6 +30,7 @@ pub struct Pod {
     containers: RefCell<HashMap<String, Slot>>,
     /// One request at a time has it.
     network: Arc<Mutex<Network>>,
+    connections: Connections,
 }
 
 enum Slot {
@@ -73,6 +75,7 @@ impl Pod {
             prepared: Cell::new(false),
             containers: RefCell::default(),
             network: Arc::default(),
+            connections: Connections::default(),
         });
         let (door, mut requests) = mpsc::unbounded_channel::<Work>();
         spawn_local(async move {
@@ -164,6 +167,11 @@ impl Pod {
         setting
             .await
             .map_err(|error| Fault::Broken(format!("set the network: {error}")))?
+    }
+
+    /// Connects a stream to a server of the pod.
+    pub async fn dial(&self, request: &DialRequest) -> Result<(), Fault> {
+        self.connections.dial(&self.ground.arrivals, request).await
     }
 
     /// Does ahead what every container of every clone of this guest needs. Nobody hears of it. With

@@ -77,6 +77,13 @@ impl Agent for Service {
         Ok(SetNetworkResponse::default())
     }
 
+    async fn dial(&self, _: &TtrpcContext, request: DialRequest) -> Answer<DialResponse> {
+        self.door
+            .ask(move |pod| async move { pod.dial(&request).await })
+            .await?;
+        Ok(DialResponse::default())
+    }
+
     async fn events(
         &self,
         _: &TtrpcContext,

@@ -1,4 +1,4 @@
-//! Standard streams: connections from the host on one side, pipes or a terminal on the other.
+//! Streams: connections from the host on one side, pipes or a terminal of a process on the other (`forward` has servers there).
 //!
 //! [`Arrivals`] matches connections, which say their id in their first 8 bytes, with the requests
 //! that name the ids, whichever comes first. [`Attached`] is what a process has claimed;
@@ -35,11 +35,11 @@ const HANGUP_PAUSE: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Error)]
 pub enum StreamError {
-    #[error("stdio.{0}: stream {1} is named twice")]
+    #[error("{0}: stream {1} is named twice")]
     Id(&'static str, u64),
     #[error("stdio: {0}")]
     Terminal(&'static str),
-    #[error("stdio.{0}: no connection for stream {1} within {PATIENCE:?}")]
+    #[error("{0}: no connection for stream {1} within {PATIENCE:?}")]
     Missing(&'static str, u64),
     #[error("stdio: {0}: {1}")]
     Call(&'static str, io::Error),
@@ -108,7 +108,8 @@ impl Arrivals {
         }
     }
 
-    async fn claim(&self, name: &'static str, id: u64) -> Result<Option<Channel>, StreamError> {
+    /// The stream with this id, when it has arrived; none for 0. `name` is the request's field that says it.
+    pub async fn claim(&self, name: &'static str, id: u64) -> Result<Option<Channel>, StreamError> {
         if id == 0 {
             return Ok(None);
         }
@@ -145,7 +146,7 @@ impl Arrivals {
                 ));
             }
             return Ok(Attached::Terminal(
-                self.claim("terminal", stdio.terminal).await?,
+                self.claim("stdio.terminal", stdio.terminal).await?,
             ));
         }
         if stdio.terminal != 0 {
@@ -154,9 +155,9 @@ impl Arrivals {
             ));
         }
         let (stdin, stdout, stderr) = tokio::join!(
-            self.claim("stdin", stdio.stdin),
-            self.claim("stdout", stdio.stdout),
-            self.claim("stderr", stdio.stderr)
+            self.claim("stdio.stdin", stdio.stdin),
+            self.claim("stdio.stdout", stdio.stdout),
+            self.claim("stdio.stderr", stdio.stderr)
         );
         Ok(Attached::Pipes {
             stdin: stdin?,

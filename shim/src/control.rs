@@ -172,6 +172,9 @@ impl Pod {
                     container.timeline
                 );
                 self.order_template();
+                if let Some(vm) = self.vm() {
+                    vm.forward_connections();
+                }
             }
             if let Err(fault) = answer {
                 self.publish(container.start_failed(exec)?);

@@ -279,7 +279,7 @@ impl Machine {
             });
         }
         let answer = self.client.connect(limited(), &request).await;
-        answer.map_err(|e| Fault::of_call("connect standard streams", e))?;
+        answer.map_err(|e| Fault::of_call("connect streams", e))?;
         Ok(())
     }
 

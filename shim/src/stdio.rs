@@ -295,15 +295,18 @@ fn report(stream: &str, outcome: io::Result<()>) {
     }
 }
 
-/// A socket pair, whose far end already carries the stream's header.
-fn socket(id: u64) -> io::Result<(End, OwnedFd)> {
+/// A socket pair, whose far end already carries the stream's header. The near one does not block.
+pub(crate) fn pair(id: u64) -> io::Result<(UnixStream, OwnedFd)> {
     let (mut near, far) = UnixStream::pair()?;
     near.write_all(&id.to_le_bytes())?;
     near.set_nonblocking(true)?;
-    Ok((
-        ready::watch(near.into(), Interest::READABLE | Interest::WRITABLE)?,
-        far.into(),
-    ))
+    Ok((near, far.into()))
+}
+
+fn socket(id: u64) -> io::Result<(End, OwnedFd)> {
+    let (near, far) = pair(id)?;
+    let near = ready::watch(near.into(), Interest::READABLE | Interest::WRITABLE)?;
+    Ok((near, far))
 }
 
 /// The FIFO of stdin, if there is to be a stdin.

@@ -36,7 +36,7 @@ use crate::{
     fault::Fault,
     identity::{self, ClockSteps},
     machine::{Added, Machine},
-    network::{self, Network, Serving},
+    network::{self, Dial, Network, Serving},
     ration::Rationed,
     size::Demand,
     timeline::Timeline,
@@ -48,6 +48,8 @@ use crate::{
 const KILLED: Duration = Duration::from_secs(5);
 /// How long to wait for a better explanation once something has gone wrong.
 const EXPLANATION: Duration = Duration::from_millis(300);
+/// For the agent to find a stream, and its server, each of which takes it 10 s at most.
+const DIALLED: Duration = Duration::from_secs(30);
 /// Lines of the guest's console that an error shows.
 const CONSOLE_LINES: usize = 8;
 /// Events that may wait for the pod to look at them; the agent waits beyond.
@@ -295,6 +297,14 @@ impl Vm {
         self.cgroup.as_deref()
     }
 
+    /// Carries who dials from within the pod's network namespace, on the host, to the guest's servers; for when a
+    /// container has started. May be called again.
+    pub fn forward_connections(self: &Arc<Self>) {
+        if let Some(network) = self.network.get() {
+            network.forward(self.clone());
+        }
+    }
+
     /// cgroups that were made for this VM, outermost first.
     pub fn cgroups(&self) -> &[PathBuf] {
         &self.cgroups
@@ -426,6 +436,19 @@ impl Vm {
         }
         let fault = Verdict::Fault("the agent closed its connection".into());
         let _ = self.verdicts.try_send(fault);
+    }
+}
+
+impl Dial for Vm {
+    async fn dial(&self, request: api::DialRequest, stream: OwnedFd) -> Result<(), Fault> {
+        let limited = context::with_duration(DIALLED);
+        let (connected, dialled) = tokio::join!(
+            self.machine.connect_streams(vec![stream]),
+            self.agent.dial(limited, &request),
+        );
+        connected?;
+        dialled.map_err(|e| Fault::of_call("dial", e))?;
+        Ok(())
     }
 }
 

@@ -5,10 +5,14 @@
 //! namespace everything stays as CNI made it, for CNI to check and delete, but nothing there sees a packet any more:
 //! docs/decisions/0015.
 //!
+//! Who dials from within the namespace is carried to the guest as well (`steer`, `forward`): docs/decisions/0016.
+//!
 //! The namespace is entered by a thread of its own; what it has opened there goes on belonging to it wherever it is used.
 
 mod carry;
+mod forward;
 mod redirect;
+mod steer;
 mod survey;
 mod tap;
 mod trial;
@@ -33,6 +37,7 @@ use thiserror::Error;
 use tokio::{
     io::Interest,
     sync::{Mutex, MutexGuard, OnceCell, oneshot, watch},
+    task::JoinHandle,
     time::timeout,
 };
 use ttrpc::context;
@@ -40,6 +45,8 @@ use ttrpc::context;
 use crate::{fault::Fault, machine::Machine, ready};
 
 use carry::Made;
+pub use forward::Dial;
+use steer::Steered;
 pub use tap::Tap;
 pub use trial::trial;
 
@@ -104,6 +111,15 @@ pub struct Network {
     serving: Serving,
     outcome: watch::Receiver<Option<Outcome>>,
     set: OnceCell<()>,
+    forwarding: std::sync::Mutex<Forwarding>,
+}
+
+/// What becomes of connections made within the namespace.
+#[derive(Debug)]
+enum Forwarding {
+    Never,
+    Now(JoinHandle<()>),
+    Over,
 }
 
 impl Network {
@@ -136,6 +152,7 @@ impl Network {
             serving,
             outcome,
             set: OnceCell::new(),
+            forwarding: std::sync::Mutex::new(Forwarding::Never),
         }
     }
 
@@ -270,6 +287,33 @@ impl Network {
         told
     }
 
+    /// Begins to carry to the guest who dials from within the namespace, until all is undone. May be called again.
+    pub fn forward(&self, guest: Arc<impl Dial>) {
+        let mut forwarding = self.forwarding();
+        if let Forwarding::Never = *forwarding {
+            let (path, namespace) = (self.path.clone(), self.namespace.clone());
+            *forwarding = Forwarding::Now(tokio::spawn(async move {
+                let why = match steer(namespace, path.clone()).await {
+                    Ok(Steered { listener, link }) => {
+                        let why = forward::serve(listener, guest).await;
+                        drop(link);
+                        why.to_string()
+                    }
+                    Err(why) => why,
+                };
+                let path = path.display();
+                log::warn!(
+                    "network namespace {path}: who dials the pod's localhost there does not reach it (port-forward): {why}"
+                );
+            }));
+        }
+    }
+
+    fn forwarding(&self) -> std::sync::MutexGuard<'_, Forwarding> {
+        let forwarding = self.forwarding.lock();
+        forwarding.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// Looks at the namespace again, on a thread that is in it. Whether anything has changed.
     async fn look(&self, made: Shared) -> Result<bool, Fault> {
         let (answer, answered) = oneshot::channel();
@@ -300,6 +344,11 @@ impl Network {
 
     /// Leaves nothing of it in the namespace. The VMM, which has the taps, is gone by then. Bounded.
     pub async fn undo(&self) {
+        let forwarding = std::mem::replace(&mut *self.forwarding(), Forwarding::Over);
+        if let Forwarding::Now(task) = forwarding {
+            task.abort();
+            let _ = task.await;
+        }
         let made = match self.made().await {
             Ok(made) => made,
             // Whoever could not make it has taken it back.
@@ -321,6 +370,24 @@ impl Network {
             log::error!("network namespace {}: left as it is", self.path.display());
         }
     }
+}
+
+/// On a thread that is in the namespace. Says what the host refuses.
+async fn steer(namespace: Arc<OwnedFd>, path: PathBuf) -> Result<Steered, String> {
+    let (answer, answered) = oneshot::channel();
+    let begin = move || {
+        let entered = enter(&namespace, &path).map_err(|e| e.to_string());
+        let steered = entered.and_then(|()| {
+            let steered = steer::begin(&namespace);
+            steered.map_err(|(what, cause)| format!("{what}: {cause}"))
+        });
+        // If nobody wants it any more, it is closed.
+        let _ = answer.send(steered);
+    };
+    spawn(begin).map_err(|e| e.to_string())?;
+    let steered = timeout(LIMIT, answered).await.map(Result::ok);
+    let silent = || Err(format!("the kernel did not answer within {LIMIT:?}"));
+    steered.ok().flatten().unwrap_or_else(silent)
 }
 
 async fn tell(agent: &AgentClient, request: &api::SetNetworkRequest) -> Result<(), Fault> {

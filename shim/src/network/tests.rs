@@ -5,11 +5,11 @@ use std::{fs::File, process::Command, sync::mpsc};
 use super::*;
 
 /// A namespace, held by a thread that waits in it; its commands run there.
-struct Place {
+pub(super) struct Place {
     tell: mpsc::Sender<String>,
     told: mpsc::Receiver<Result<String, String>>,
-    namespace: OwnedFd,
-    path: PathBuf,
+    pub(super) namespace: OwnedFd,
+    pub(super) path: PathBuf,
 }
 
 const SERVING: Serving = Serving {
@@ -18,7 +18,7 @@ const SERVING: Serving = Serving {
 };
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (tell, asked) = mpsc::channel::<String>();
         let (answer, told) = mpsc::channel();
         let (give, given) = mpsc::channel();
@@ -50,17 +50,17 @@ impl Place {
         place
     }
 
-    fn run(&self, script: &str) -> Result<String, String> {
+    pub(super) fn run(&self, script: &str) -> Result<String, String> {
         self.tell.send(script.to_owned()).unwrap();
         self.told.recv().unwrap()
     }
 
     #[track_caller]
-    fn ok(&self, script: &str) -> String {
+    pub(super) fn ok(&self, script: &str) -> String {
         self.run(script).unwrap_or_else(|e| panic!("{script}: {e}"))
     }
 
-    fn begin(&self) -> Network {
+    pub(super) fn begin(&self) -> Network {
         Network::begin(self.namespace.try_clone().unwrap(), &self.path, SERVING)
     }
 }

@@ -1,13 +1,41 @@
 //! A pod's network namespace as CNI's bridge plugin leaves it: eth0, whose other end is in a bridge of the lab; made by hand, so that
 //! a test knows every bit of it. Gone with this value.
 
-use std::process::Command;
+use std::{
+    fs::File,
+    io,
+    net::{SocketAddr, TcpStream},
+    os::fd::AsRawFd,
+    process::Command,
+    thread,
+};
 
-use crate::command::{self, Outcome};
+use crate::command::{self, Outcome, PATIENCE};
 
 /// Runs a script on the lab's host.
 pub fn host(script: &str) -> Outcome {
     command::run(Command::new("sh").args(["-ec", script]), b"")
+}
+
+/// Connects from within a network namespace, on the lab's host. Who reads waits for a while.
+///
+/// # Panics
+/// When there is no such namespace.
+#[track_caller]
+pub fn dial(namespace: &str, to: &str) -> io::Result<TcpStream> {
+    let file = File::open(format!("/run/netns/{namespace}")).expect("a network namespace");
+    let to: SocketAddr = to.parse().expect("an address");
+    // A thread goes there for good.
+    let dials = thread::spawn(move || {
+        // SAFETY: setns(2) takes numbers only.
+        if unsafe { libc::setns(file.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(stream)
+    });
+    dials.join().expect("a thread that dials")
 }
 
 pub struct Namespace {

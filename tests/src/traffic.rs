@@ -132,7 +132,14 @@ pub fn round_trips(address: IpAddr, count: usize) -> io::Result<Vec<Duration>> {
 /// # Errors
 /// Others come back.
 pub fn echo_stream(address: IpAddr, bytes: u64) -> io::Result<()> {
-    let mut stream = connect(address, ECHO_PORT)?;
+    echo_over(connect(address, ECHO_PORT)?, bytes)
+}
+
+/// As [`echo_stream`], over a connection that is there, to its end.
+///
+/// # Errors
+/// Others come back.
+pub fn echo_over(mut stream: TcpStream, bytes: u64) -> io::Result<()> {
     let mut writing = stream.try_clone()?;
     let blocks = bytes / PIECE as u64;
     let writer = thread::spawn(move || {

@@ -10,6 +10,7 @@
 //!   index, eax, ebx, ecx, edx, in hexadecimal.
 //! * `husk-probe streams`: tries to reach the agent's port for streams from inside its guest, and says what
 //!   comes of it.
+//! * `husk-probe echo ADDRESS:PORT...`: listens there and says so, and gives everybody back what he sends, until it is killed.
 //! * `husk-probe steady FILE`: works and looks at the time until it is killed; FILE says how it goes, see
 //!   [`Steady`](husk_tests::steady::Steady).
 //! * `husk-probe bomb`: makes children, each of which does the same, until it is killed.
@@ -27,15 +28,17 @@ use std::{
     arch::x86_64::__cpuid_count,
     collections::BTreeMap,
     env,
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs::{self, File},
     io::{self, ErrorKind, Read, Seek, SeekFrom, Write},
+    net::{Shutdown, TcpListener},
     os::unix::{
         ffi::OsStrExt,
         fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, lchown, symlink},
     },
     path::Path,
     process::ExitCode,
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -104,6 +107,7 @@ fn run() -> Result<()> {
         [verb] if verb == "clock" => clock(),
         [verb] if verb == "cpuid" => cpuid(),
         [verb] if verb == "streams" => streams(),
+        [verb, servers @ ..] if verb == "echo" => echo(servers),
         [verb, file] if verb == "steady" => steady::run(Path::new(file)),
         [verb] if verb == "bomb" => bomb(),
         [verb] if verb == "traffic" => {
@@ -122,9 +126,35 @@ fn run() -> Result<()> {
         }
         _ => bail!(
             "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
-             steady FILE | bomb | traffic | self [PATH...]"
+             echo ADDRESS:PORT... | steady FILE | bomb | traffic | self [PATH...]"
         ),
     }
+}
+
+fn echo(servers: &[OsString]) -> Result<()> {
+    let listeners = servers.iter().map(|at| {
+        let at = at.to_str().context("an address")?;
+        TcpListener::bind(at).with_context(|| format!("listen at {at}"))
+    });
+    let listeners = listeners.collect::<Result<Vec<_>>>()?;
+    println!("listening");
+    let serve = |listener: TcpListener| {
+        for client in listener.incoming().flatten() {
+            thread::spawn(move || {
+                if io::copy(&mut &client, &mut &client).is_ok() {
+                    // Whoever has gone knows.
+                    let _ = client.shutdown(Shutdown::Write);
+                }
+            });
+        }
+    };
+    let all = listeners
+        .into_iter()
+        .map(|l| thread::spawn(move || serve(l)));
+    for listener in all.collect::<Vec<_>>() {
+        let _ = listener.join();
+    }
+    Ok(())
 }
 
 fn clock() -> Result<()> {

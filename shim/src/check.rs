@@ -109,6 +109,7 @@ pub fn findings() -> Vec<Finding> {
     ));
     findings.push(landlock(landlock_abi()));
     findings.push(pods_network(network::trial()));
+    findings.push(port_forward(network::forwarding_trial()));
     let path = env::var_os("PATH").unwrap_or_default();
     let found = containerd::find(Path::new("/proc"), &path);
     findings.extend(containerd::findings(found.as_ref(), containerd::ask));
@@ -185,6 +186,22 @@ fn pods_network<E: fmt::Display>(tried: Result<(), (&'static str, E)>) -> Findin
             subject,
             format!("{what}: {cause}; pods with a network do not start"),
             "modprobe tun sch_ingress cls_u32 act_mirred, or boot a kernel that has them",
+        ),
+    }
+}
+
+/// As [`pods_network`].
+fn port_forward<E: fmt::Display>(tried: Result<(), (&'static str, E)>) -> Finding {
+    let subject = "port-forward";
+    match tried {
+        Ok(()) => Finding::good(
+            subject,
+            "connections within a network namespace can be taken",
+        ),
+        Err((what, cause)) => Finding::advice(
+            subject,
+            format!("{what}: {cause}; who dials a pod's localhost on this host does not reach it"),
+            "boot a kernel with CONFIG_BPF_SYSCALL",
         ),
     }
 }
@@ -664,7 +681,14 @@ mod tests {
             line.starts_with("advice  network: make a tap: no; "),
             "{line}"
         );
+        let line = port_forward(Err(("load", "no"))).to_string();
+        assert!(
+            line.starts_with("advice  port-forward: load: no; "),
+            "{line}"
+        );
         // This machine's tests of networks need the same.
+        let said = port_forward(network::forwarding_trial()).to_string();
+        assert!(said.starts_with("ok "), "{said}");
         let said = pods_network(network::trial()).to_string();
         assert!(
             said.starts_with("ok ") || said.contains("modprobe"),

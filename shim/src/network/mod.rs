@@ -48,7 +48,7 @@ use carry::Made;
 pub use forward::Dial;
 use steer::Steered;
 pub use tap::Tap;
-pub use trial::trial;
+pub use trial::{forwarding_trial, trial};
 
 /// For the kernel to make, or to take away, all of a pod's taps.
 const LIMIT: Duration = Duration::from_secs(20);

@@ -44,7 +44,9 @@ impl Cni {
     /// When a plugin says no.
     #[track_caller]
     pub fn add(name: &str, host_port: u16) -> Self {
-        command::run(Command::new("ip").args(["netns", "add", name]), b"").ok();
+        // As runtimes do, before any plugin.
+        let made = format!("ip netns add {name}; ip -n {name} link set lo up");
+        command::run(Command::new("sh").args(["-ec", &made]), b"").ok();
         let mut network = bridge();
         network["cniVersion"] = json!("1.0.0");
         network["name"] = json!("lab");

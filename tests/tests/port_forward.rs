@@ -18,10 +18,14 @@ use husk_tests::{
 };
 
 fn idle_in(namespace: &str, flags: &[&str]) -> Container {
+    pod_in(namespace, flags, &["sleep", "86400"])
+}
+
+fn pod_in(namespace: &str, flags: &[&str], args: &[&str]) -> Container {
     let network = format!("network:/run/netns/{namespace}");
     let mut all = vec!["--null-io", "--with-ns", &network, "--mount", PROBE_MOUNT];
     all.extend(flags);
-    Container::detached(Runtime::Husk, &all, &["sleep", "86400"])
+    Container::detached(Runtime::Husk, &all, args)
 }
 
 /// Servers in the pod, until they are dropped.
@@ -152,31 +156,24 @@ fn connections_end_with_the_pod_and_nothing_listens_any_more() {
     };
     refused("127.0.0.1:7");
     for end in ["", "husk-vmm", "containerd-shim-husk-v2"] {
-        let pod = idle_in(&namespace.name, &[]);
-        let servers = servers(
-            &pod,
-            &[&format!("{POD}:7"), &format!("[{POD6}]:7"), "127.0.0.1:7"],
-        );
+        let (at, at6) = (format!("{POD}:7"), format!("[{POD6}]:7"));
+        let servers = ["/probe", "echo", &at, &at6, "127.0.0.1:7"];
+        let pod = pod_in(&namespace.name, &[], &servers);
         answers(&namespace.name, "127.0.0.1:7");
-        let open: Vec<TcpStream> = [
-            format!("{POD}:7"),
-            format!("[{POD6}]:7"),
-            "127.0.0.1:7".into(),
-        ]
-        .iter()
-        .map(|to| {
-            let mut stream = dial(&namespace.name, to).expect(to);
-            stream.write_all(b"x").expect("send");
-            stream.read_exact(&mut [0]).expect("receive");
-            stream
-        })
-        .collect();
+        let open: Vec<TcpStream> = servers[2..]
+            .iter()
+            .map(|to| {
+                let mut stream = dial(&namespace.name, to).expect(to);
+                stream.write_all(b"x").expect("send");
+                stream.read_exact(&mut [0]).expect("receive");
+                stream
+            })
+            .collect();
         if !end.is_empty() {
             signal_by_name("-9", end);
             pod.wait_stopped();
         }
         pod.remove();
-        drop(servers);
         for mut stream in open {
             // An end or a reset.
             match stream.read(&mut [0]) {

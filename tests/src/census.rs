@@ -9,6 +9,12 @@ use std::{
 
 use crate::command::eventually;
 
+/// Of containerd's namespace, which it makes with the first container and keeps.
+const ITS_OWN: [&str; 2] = [
+    "file /run/containerd/io.containerd.runtime.v2.task/default",
+    "file /var/lib/containerd/io.containerd.runtime.v2.task/default",
+];
+
 /// Names of everything that is there now, each with its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Census(BTreeSet<String>);
@@ -41,6 +47,9 @@ impl Census {
             }
         }
         processes(&mut found);
+        for own in ITS_OWN {
+            found.remove(own);
+        }
         Census(found)
     }
 

@@ -147,8 +147,6 @@ fn every_byte_comes_back_also_from_many_at_once() {
 fn connections_end_with_the_pod_and_nothing_listens_any_more() {
     let namespace = Namespace::new("over", 1500);
     let state = namespace.state();
-    // What containerd keeps of its first container is not ours.
-    idle_in(&namespace.name, &[]).remove();
     let before = Census::take();
     let refused = |to| {
         let error = dial(&namespace.name, to).expect_err(to);

@@ -92,7 +92,7 @@ fn the_guest_has_what_a_container_of_runc_has() {
             "ip address add 10.98.0.2/32 dev eth0; ip route add 10.97.0.0/16 via {HOST} src 10.98.0.2 metric 7
              ip route add 10.96.0.1 dev eth0 scope link; ip route add 10.95.0.0/16 via 10.96.0.1
              ip route add 10.94.0.0/16 via 10.93.0.1 dev eth0 onlink; ip route add table 100 10.92.0.0/16 dev eth0
-             ip route add blackhole 10.91.0.0/16; ip -6 route add fd98::/64 via {HOST6}
+             ip address add 10.90.0.1 peer 10.90.0.2/32 dev eth0; ip route add blackhole 10.91.0.0/16; ip -6 route add fd98::/64 via {HOST6}
              ip neighbour add 10.99.0.77 lladdr 02:99:00:00:00:77 dev eth0 nud permanent"
         ))
         .ok();

@@ -221,7 +221,7 @@ impl Kernel<'_> {
             let mut addresses = interface.addresses.iter();
             links.any(|link| link.index == route.link)
                 && addresses.any(|address| {
-                    let network = network(address.ip, address.prefix);
+                    let network = network(address.peer.unwrap_or(address.ip), address.prefix);
                     (network, address.prefix) == (route.destination, route.prefix)
                 })
         };

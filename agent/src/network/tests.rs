@@ -337,3 +337,42 @@ fn what_is_malformed_is_refused_by_its_field() {
         assert!(error.starts_with(start), "{error}");
     }
 }
+
+#[test]
+fn an_address_with_a_peer_leads_to_its_peers_network() {
+    in_a_namespace(|| {
+        two_interfaces();
+        let mut request = request();
+        let with_a_peer = api::Address {
+            ip: bytes("10.6.0.1"),
+            prefix: 31,
+            peer: bytes("10.6.0.2"),
+            ..api::Address::default()
+        };
+        request.interfaces[0].addresses.push(with_a_peer);
+        let mut network = Network::default();
+        let theirs = api::Route {
+            source: bytes("10.6.0.1"),
+            scope: 253,
+            ..route("10.6.0.2", 31, "", "eth0")
+        };
+        let mut told = request.clone();
+        told.routes.insert(0, theirs);
+        apply(&mut network, &told, &["eth1", "eth0"]).unwrap();
+        let state = ok(STATE);
+        let address = "inet 10.6.0.1 peer 10.6.0.2/31 scope global eth0";
+        let route = "10.6.0.2/31 dev eth0 proto kernel scope link src 10.6.0.1";
+        assert!(state.contains(address) && state.contains(route), "{state}");
+        // Where the host has the address and not the kernel's route of it.
+        apply(&mut network, &request, &["eth0", "net1"]).unwrap();
+        let state = ok(STATE);
+        assert!(
+            state.contains(address) && !state.contains("10.6.0.2/31 dev"),
+            "{state}"
+        );
+        request.interfaces[0].addresses[3].peer = bytes("fd06::2");
+        let error = apply(&mut network, &request, &["eth0", "net1"]).unwrap_err();
+        let said = "interfaces[0].addresses[3].peer: not of the address' family";
+        assert_eq!(error.to_string(), said);
+    });
+}

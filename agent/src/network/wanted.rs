@@ -87,11 +87,15 @@ fn interface(at: &str, interface: &api::Interface) -> Result<Interface, Fault> {
         .map(|(number, address)| {
             let at = format!("{at}.addresses[{number}]");
             let ip = self::address(&format!("{at}.ip"), &address.ip)?;
+            let peer = optional(&format!("{at}.peer"), &address.peer)?;
+            if peer.is_some_and(|peer| family(peer) != family(ip)) {
+                return invalid(format!("{at}.peer: not of the address' family"));
+            }
             Ok(Address {
                 link: 0,
                 ip,
                 prefix: prefix(&at, ip, address.prefix)?,
-                peer: None,
+                peer,
                 broadcast: optional(&format!("{at}.broadcast"), &address.broadcast)?,
                 scope: byte(&format!("{at}.scope"), address.scope)?,
                 flags: 0,

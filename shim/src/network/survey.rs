@@ -175,14 +175,12 @@ fn interface(link: &Link, addresses: &[Address]) -> Result<api::Interface, Unfit
         if address.flags & IFA_F_PERMANENT == 0 {
             continue;
         }
-        if let Some(peer) = address.peer {
-            return unfit(format!("address {} has a peer, {peer}", address.ip));
-        }
         interface.addresses.push(api::Address {
             ip: octets(address.ip),
             prefix: address.prefix.into(),
             broadcast: address.broadcast.map(octets).unwrap_or_default(),
             scope: address.scope.into(),
+            peer: address.peer.map(octets).unwrap_or_default(),
             ..api::Address::default()
         });
     }

@@ -75,7 +75,7 @@ fn pod() -> (Place, Place) {
         pod.path.display()
     ));
     pod.ok("ip link set eth0 address 02:00:00:00:00:02 mtu 1400 addrgenmode none up; ip address add fe80::ff:fe00:2/64 nodad dev eth0; \
-        ip address add 10.9.0.2/24 brd + dev eth0; ip address add fd09::2/64 nodad dev eth0; \
+        ip address add 10.9.0.2/24 brd + dev eth0; ip address add 10.6.0.1 peer 10.6.0.2/31 dev eth0; ip address add fd09::2/64 nodad dev eth0; \
         ip route add default via 10.9.0.1 mtu 1300; ip -6 route add default via fd09::1; \
         ip route add 10.8.0.0/16 via 10.8.0.1 onlink dev eth0 src 10.9.0.2 metric 7; \
         ip route add table 100 192.168.7.0/24 dev eth0 scope link; ip route add blackhole 172.31.0.0/16; \
@@ -119,6 +119,11 @@ async fn all_that_cni_has_left_is_told() {
     ] {
         assert!(addresses.contains(&wanted), "{wanted:?} in {addresses:?}");
     }
+    let mut peers = eth0.addresses.iter().filter(|a| !a.peer.is_empty());
+    let peer = peers.next().unwrap();
+    let said = (show(&peer.ip), show(&peer.peer), peer.prefix);
+    assert_eq!(said, ("10.6.0.1".into(), "10.6.0.2".into(), 31));
+    assert!(peers.next().is_none());
     let routes: Vec<_> = made
         .routes
         .iter()
@@ -141,6 +146,7 @@ async fn all_that_cni_has_left_is_told() {
         .collect();
     for wanted in [
         "10.9.0.0/24 dev eth0 src 10.9.0.2 kind 1 scope 253 metric 0 table 254 mtu 0",
+        "10.6.0.2/31 dev eth0 src 10.6.0.1 kind 1 scope 253 metric 0 table 254 mtu 0",
         "192.168.7.0/24 dev eth0 kind 1 scope 253 metric 0 table 100 mtu 0",
         "172.31.0.0/16 dev  kind 6 scope 0 metric 0 table 254 mtu 0",
         "fd09::/64 dev eth0 kind 1 scope 0 metric 256 table 254 mtu 0",
@@ -154,7 +160,7 @@ async fn all_that_cni_has_left_is_told() {
             "{wanted} in {routes:#?}"
         );
     }
-    assert_eq!(routes.len(), 8, "{routes:#?}");
+    assert_eq!(routes.len(), 9, "{routes:#?}");
     let first_gateway = made
         .routes
         .iter()
@@ -338,13 +344,7 @@ async fn what_cannot_be_carried_is_named() {
             .await
             .contains(": interface tun5: its hardware is no ethernet")
     );
-    pod.ok("ip link del tun5; ip address add 10.6.0.1 peer 10.6.0.2 dev eth0");
-    assert!(
-        error()
-            .await
-            .contains(": interface eth0: address 10.6.0.1 has a peer, 10.6.0.2")
-    );
-    pod.ok("ip address del 10.6.0.1 peer 10.6.0.2 dev eth0; ip link add link eth0 name m0 type macvlan; ip link set m0 up");
+    pod.ok("ip link del tun5; ip link add link eth0 name m0 type macvlan; ip link set m0 up");
     assert!(
         error()
             .await
@@ -430,7 +430,7 @@ async fn what_comes_later_is_carried_and_what_goes_is_pulled() {
     {
         let made = made.try_lock().unwrap();
         let eth0 = &made.as_ref().unwrap().carried[0].interface;
-        assert_eq!((eth0.mtu, eth0.addresses.len()), (1450, 4));
+        assert_eq!((eth0.mtu, eth0.addresses.len()), (1450, 5));
     }
     assert!(
         pod.ok("ip -o link").contains("mtu 1450 qdisc fq_codel")

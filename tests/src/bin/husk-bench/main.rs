@@ -2,12 +2,13 @@
 //!
 //! Samples of the two runtimes alternate, so that whatever drifts, drifts for both. Templates lie in
 //! memory, as everything else does there, and are built before the first sample. This file knows what is
-//! measured in which order; see `starts` (containers), `stdio`, `cri` (pods of Kubernetes), `machines` (husk-vmm alone), `host` (what the
+//! measured in which order; see `starts` (containers), `stdio`, `network`, `cri` (pods of Kubernetes), `machines` (husk-vmm alone), `host` (what the
 //! kernel counts), `timeline` (the shim's own account of a start) and `report`.
 
 mod cri;
 mod host;
 mod machines;
+mod network;
 mod report;
 mod starts;
 mod stdio;
@@ -33,7 +34,7 @@ const TEMPLATES: &str = "/var/tmp/husk-bench-templates";
 fn main() -> ExitCode {
     let mut args = env::args().skip(1);
     let Some(report) = args.next() else {
-        eprintln!("usage: husk-bench REPORT.json [starts|exec|stdio|machines|pods|cri...]");
+        eprintln!("usage: husk-bench REPORT.json [starts|exec|stdio|network|machines|pods|cri...]");
         return ExitCode::from(2);
     };
     let wanted: Vec<String> = args.collect();
@@ -85,6 +86,12 @@ fn bench(path: &Path, wanted: &[String]) -> Result<()> {
     if wants("stdio") {
         progress("stdio");
         report.add([stdio::stdio()?]);
+    }
+    if wants("network") {
+        progress("tcp-stream, tcp-rtt, ctr-run-network");
+        let timeline = report.timelines.entry("ctr-run-network").or_default();
+        let measures = network::network(&mut log, timeline)?;
+        report.add(measures);
     }
     if wants("machines") {
         progress("vmm-boot, vmm-clone");

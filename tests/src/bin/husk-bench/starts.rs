@@ -27,7 +27,7 @@ const CROWD: usize = 50;
 /// Idle pods whose memory is averaged.
 const PODS: usize = 20;
 /// For pods to come to rest.
-const REST: Duration = Duration::from_millis(500);
+pub const REST: Duration = Duration::from_millis(500);
 
 /// Who starts a container.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -207,7 +207,7 @@ pub fn crowds(runc: Crowd, husk: Crowd) -> Vec<Measure> {
 }
 
 /// Runs it to its end. Blocks for exactly as long: a look at it now and then would be measured, too.
-fn finish(command: &mut Command) -> Result<()> {
+pub fn finish(command: &mut Command) -> Result<()> {
     let output = command.stdin(Stdio::null()).output();
     let output = output.with_context(|| format!("start {command:?}"))?;
     ensure!(

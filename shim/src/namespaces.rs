@@ -6,10 +6,13 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
 use serde_json::{Value, json};
 
-use crate::spec::{Network, Running, SpecError, refuse};
+use crate::spec::{self, Network, Running, SpecError, refuse};
 
 /// The network that the pod is to be in; what is left of the list is for the agent.
 pub fn rewrite(spec: &mut Value, pod: Option<Running<'_>>) -> Result<Network, SpecError> {
+    let of_kubernetes = spec
+        .get("annotations")
+        .is_some_and(|annotations| annotations.get(spec::SANDBOX).is_some());
     let none = || {
         refuse(
             "linux.namespaces",
@@ -63,8 +66,17 @@ pub fn rewrite(spec: &mut Value, pod: Option<Running<'_>>) -> Result<Network, Sp
             }
         }
     }
+    let network = network.ok_or_else(none)?;
+    // CRI's way to say hostPID and hostIPC. From others it asks for no more than the guest's.
+    for (kind, field) in [("pid", "hostPID"), ("ipc", "hostIPC")] {
+        if of_kubernetes && !kept.iter().any(|namespace| namespace["type"] == kind) {
+            let reason =
+                format!("no {kind} namespace ({field}): a microVM cannot share the host's");
+            return Err(refuse("linux.namespaces", reason));
+        }
+    }
     *namespaces = kept;
-    network.ok_or_else(none)
+    Ok(network)
 }
 
 /// The name in `/proc/<pid>/ns` of a kind that containers share.
@@ -154,6 +166,27 @@ mod tests {
             let start = format!("linux.namespaces[0].path: {path}: ");
             assert!(error.starts_with(&start), "{error}");
         }
+    }
+
+    #[test]
+    fn what_kubernetes_wants_of_the_host_is_refused_by_name() {
+        let own =
+            |kinds: &[&str]| -> Value { kinds.iter().map(|kind| json!({"type": kind})).collect() };
+        let all = ["network", "pid", "ipc", "uts"];
+        for (field, missing) in [("hostPID", "pid"), ("hostIPC", "ipc")] {
+            let left: Vec<&str> = all.into_iter().filter(|kind| *kind != missing).collect();
+            let mut spec = json!({
+                "linux": {"namespaces": own(&left)}, "annotations": {spec::SANDBOX: "p"},
+            });
+            let error = rewrite(&mut spec, None).unwrap_err().to_string();
+            let start = format!("linux.namespaces: no {missing} namespace ({field}): ");
+            assert!(error.starts_with(&start), "{error}");
+            // ctr asks for the guest's.
+            rewritten(own(&left), None).unwrap();
+        }
+        let mut spec =
+            json!({"linux": {"namespaces": own(&all)}, "annotations": {spec::SANDBOX: "p"}});
+        rewrite(&mut spec, None).unwrap();
     }
 
     #[test]

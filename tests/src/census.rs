@@ -9,24 +9,40 @@ use std::{
 
 use crate::command::eventually;
 
-/// Of containerd's namespace, which it makes with the first container and keeps.
-const ITS_OWN: [&str; 2] = [
-    "file /run/containerd/io.containerd.runtime.v2.task/default",
-    "file /var/lib/containerd/io.containerd.runtime.v2.task/default",
-];
-
 /// Names of everything that is there now, each with its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Census(BTreeSet<String>);
 
 /// Directories whose whole content counts.
-const PLACES: [&str; 6] = [
+const PLACES: [&str; 11] = [
     "/run/husk",
     "/run/netns",
     "/run/containerd/s",
     "/run/containerd/fifo",
     "/run/containerd/io.containerd.runtime.v2.task",
     "/var/lib/containerd/io.containerd.runtime.v2.task",
+    "/run/containerd/io.containerd.grpc.v1.cri",
+    "/var/lib/containerd/io.containerd.grpc.v1.cri",
+    "/run/containerd/io.containerd.sandbox.controller.v1.shim",
+    "/var/lib/containerd/io.containerd.sandbox.controller.v1.shim",
+    "/sys/class/net",
+];
+
+/// What containerd and CNI make with their first container or pod, and keep.
+const KEPT: [&str; 12] = [
+    "file /run/containerd/io.containerd.runtime.v2.task/default",
+    "file /var/lib/containerd/io.containerd.runtime.v2.task/default",
+    "file /run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "file /var/lib/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "file /run/containerd/io.containerd.grpc.v1.cri/containers",
+    "file /var/lib/containerd/io.containerd.grpc.v1.cri/containers",
+    "file /run/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "file /var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "file /run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io",
+    "file /var/lib/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io",
+    "file /sys/class/net/cni0",
+    // The kubelet's, which these tests are.
+    "cgroup /sys/fs/cgroup/kubepods",
 ];
 
 impl Census {
@@ -47,9 +63,8 @@ impl Census {
             }
         }
         processes(&mut found);
-        for own in ITS_OWN {
-            found.remove(own);
-        }
+        leases(&mut found);
+        found.retain(|name| !KEPT.contains(&&**name));
         Census(found)
     }
 
@@ -100,6 +115,22 @@ fn cgroups(directory: &Path, found: &mut BTreeSet<String>) {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             found.insert(format!("cgroup {}", entry.path().display()));
             cgroups(&entry.path(), found);
+        }
+    }
+}
+
+/// Addresses that CNI's host-local has given away; beside them it has files of its own, which stay.
+fn leases(found: &mut BTreeSet<String>) {
+    for network in fs::read_dir("/var/lib/cni/networks")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        for lease in fs::read_dir(network.path()).into_iter().flatten().flatten() {
+            let name = lease.file_name().to_string_lossy().into_owned();
+            if !name.starts_with("last_reserved_ip") && name != "lock" {
+                found.insert(format!("lease {name}"));
+            }
         }
     }
 }

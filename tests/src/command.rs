@@ -185,6 +185,22 @@ pub fn eventually<T>(deadline: Instant, mut ask: impl FnMut() -> Option<T>) -> O
     }
 }
 
+/// The processes that call themselves so (`/proc/<pid>/comm`).
+pub fn processes_named(comm: &str) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| {
+        let found = fs::read_to_string(format!("/proc/{pid}/comm"));
+        found.is_ok_and(|found| found.trim_end() == comm)
+    })
+    .collect()
+}
+
+/// SIGKILL, to one that may have ended by itself.
+pub fn kill(pid: u32) {
+    let _ = Command::new("kill").args(["-9", &pid.to_string()]).output();
+}
+
 /// Signals every process of this name: these tests run one at a time, alone in their lab.
 ///
 /// # Panics

@@ -96,6 +96,7 @@ const CRI_1_7: &str = r#"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "docker.io/library/husk-pause:latest"
 stream_server_address = "127.0.0.1"
+enable_cdi = true
 [plugins."io.containerd.grpc.v1.cri".cni]
 bin_dir = "/usr/lib/cni"
 [plugins."io.containerd.grpc.v1.cri".containerd]
@@ -250,6 +251,7 @@ pub fn start() -> Result<()> {
         (answers || (Path::new(PID).exists() && pid().is_none())).then_some(answers)
     });
     match answers {
+        Some(true) if serves_cri() => cri::wait_until_served(),
         Some(true) => Ok(()),
         Some(false) => bail!("containerd ended at once; see containerd.log"),
         None => {
@@ -282,6 +284,14 @@ pub fn change_to(version: Version) -> Result<()> {
     stop()?;
     select(version)?;
     start()
+}
+
+/// Has that version serve from now on, if another one does.
+pub fn serve_by(version: Version) -> Result<()> {
+    match selected() == version {
+        true => Ok(()),
+        false => change_to(version),
+    }
 }
 
 /// The process, while there is one.

@@ -16,6 +16,7 @@ use crate::{
     containerd,
     ctr::{IMAGE, fresh_id},
     grpc::{self, Status},
+    streaming::{Forwarded, Streams},
 };
 
 /// containerd's namespace for what comes through CRI.
@@ -172,11 +173,7 @@ impl Pod {
 
     /// Also of one that runs: it is stopped then.
     pub fn remove(&self) -> Result<()> {
-        let request = api::RemovePodSandboxRequest {
-            pod_sandbox_id: self.id.clone(),
-            ..Default::default()
-        };
-        let removed = ask::<api::Empty>("RemovePodSandbox", &request).map(drop);
+        let removed = remove_pod(&self.id);
         forget(&self.config);
         removed
     }
@@ -187,6 +184,18 @@ impl Pod {
         self.stop().unwrap_or_else(|error| panic!("{error:#}"));
         self.remove().unwrap_or_else(|error| panic!("{error:#}"));
         std::mem::forget(self);
+    }
+
+    /// Where a port of its localhost can be had.
+    #[track_caller]
+    pub fn forward(&self, port: u16) -> Forwarded {
+        let request = api::PortForwardRequest {
+            pod_sandbox_id: self.id.clone(),
+            port: vec![port.into()],
+            ..Default::default()
+        };
+        let answer: api::StreamingResponse = get("PortForward", &request);
+        Forwarded::open(&answer.url, port).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
     /// A container of the demo image that runs these words, not yet created.
@@ -361,6 +370,35 @@ impl Container {
         get("ExecSync", &request)
     }
 
+    /// A process in it, connected with us.
+    #[track_caller]
+    pub fn exec_streams(&self, words: &[&str], wanted: Wanted) -> Streams {
+        let request = api::ExecRequest {
+            container_id: self.id.clone(),
+            cmd: words.iter().map(|word| (*word).to_owned()).collect(),
+            tty: wanted.tty,
+            stdin: true,
+            stdout: true,
+            stderr: wanted.stderr,
+            ..Default::default()
+        };
+        streams(&get("Exec", &request))
+    }
+
+    /// Its own streams.
+    #[track_caller]
+    pub fn attach(&self, wanted: Wanted) -> Streams {
+        let request = api::AttachRequest {
+            container_id: self.id.clone(),
+            tty: wanted.tty,
+            stdin: true,
+            stdout: true,
+            stderr: wanted.stderr,
+            ..Default::default()
+        };
+        streams(&get("Attach", &request))
+    }
+
     /// What an exec prints that must succeed.
     #[track_caller]
     pub fn try_exec(&self, words: &[&str]) -> String {
@@ -393,6 +431,44 @@ impl Container {
     }
 }
 
+#[track_caller]
+fn streams(answer: &api::StreamingResponse) -> Streams {
+    Streams::open(&answer.url).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// Which streams a process is asked for, beside stdin and stdout.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    tty: bool,
+    stderr: bool,
+}
+
+impl Wanted {
+    pub const STREAMS: Self = Self {
+        tty: false,
+        stderr: true,
+    };
+    /// A terminal has one stream for both.
+    pub const TERMINAL: Self = Self {
+        tty: true,
+        stderr: false,
+    };
+}
+
+/// Returns once CRI answers: containerd's socket is there before it.
+pub(crate) fn wait_until_served() -> Result<()> {
+    let request = api::ListPodSandboxRequest::default();
+    let mut answer = None;
+    let served = eventually(Instant::now() + PATIENCE, || {
+        let asked = ask::<api::ListPodSandboxResponse>("ListPodSandbox", &request);
+        answer.insert(asked).is_ok().then_some(())
+    });
+    match (served, answer) {
+        (None, Some(Err(error))) => Err(error).context("CRI is not served"),
+        _ => Ok(()),
+    }
+}
+
 /// Returns once CRI knows the images of pods: it hears of what is imported a moment later.
 pub(crate) fn wait_for_images() -> Result<()> {
     for image in [IMAGE, PAUSE] {
@@ -413,6 +489,15 @@ pub(crate) fn wait_for_images() -> Result<()> {
         known.with_context(|| format!("CRI does not know {image} after {PATIENCE:?}"))?;
     }
     Ok(())
+}
+
+/// Removes a pod by its id, whatever it is at.
+pub fn remove_pod(id: &str) -> Result<()> {
+    let request = api::RemovePodSandboxRequest {
+        pod_sandbox_id: id.into(),
+        ..Default::default()
+    };
+    ask::<api::Empty>("RemovePodSandbox", &request).map(drop)
 }
 
 /// Every pod that containerd knows of, by its id, and whether it is ready.

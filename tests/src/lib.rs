@@ -16,6 +16,7 @@ pub mod machine;
 pub mod netns;
 pub mod settings;
 pub mod steady;
+pub mod streaming;
 pub mod tap;
 pub mod templates;
 pub mod terminal;

@@ -344,7 +344,7 @@ fn test(cases: &[Case], plan: &Plan, reports: &Reports) -> i32 {
     for (index, case) in cases.iter().enumerate() {
         reports.send(&Report::Start { index });
         let begin = Instant::now();
-        let (verdict, output) = configure(case)
+        let (verdict, output) = configure(case, plan)
             .and_then(|()| one_test(case, plan))
             .unwrap_or_else(|error| (Verdict::Failed, format!("{error:#}")));
         failed |= verdict != Verdict::Passed;
@@ -362,7 +362,8 @@ fn test(cases: &[Case], plan: &Plan, reports: &Reports) -> i32 {
 }
 
 /// Has pods boot, or start as clones of a template that is there; the tests of templates begin without one.
-fn configure(case: &Case) -> Result<()> {
+/// The sandbox API is containerd 2's: its tests have that in both halves.
+fn configure(case: &Case, plan: &Plan) -> Result<()> {
     let settings = if case.clones || case.target == "clones" {
         CLONES
     } else {
@@ -370,6 +371,12 @@ fn configure(case: &Case) -> Result<()> {
     };
     fs::write("/etc/husk/config.toml", settings).context("write /etc/husk/config.toml")?;
     let cri = case.target == "cri";
+    let by_sandbox_api = cri && case.name.starts_with("shim::");
+    match plan.containerd {
+        Some(_) if by_sandbox_api => containerd::serve_by(Version::V2_1)?,
+        Some(version) => containerd::serve_by(version)?,
+        None => {}
+    }
     containerd::serve_cri(cri)?;
     if case.clones {
         let namespace = if cri { cri::PODS } else { "default" };

@@ -15,6 +15,7 @@
 //!   [`Steady`](husk_tests::steady::Steady).
 //! * `husk-probe bomb`: makes children, each of which does the same, until it is killed.
 //! * `husk-probe traffic`: answers whoever sends something over the network, as [`traffic`](husk_tests::traffic) has it.
+//! * `husk-probe meet FILE|key:N`: waits for another one at the same page of shared memory, see `meeting`.
 //! * `husk-probe self [PATH...]`: prints all that it can see of itself, of its container and of these paths, see `look`.
 //! * as PID 1 of a guest, the agent of a test: ends as it is told, serves as `guest` has it, fights its VMM
 //!   as `hostile` has it, or never answers anybody.
@@ -22,6 +23,7 @@
 mod guest;
 mod hostile;
 mod look;
+mod meeting;
 mod network;
 
 use std::{
@@ -117,6 +119,7 @@ fn run() -> Result<()> {
                 std::thread::park();
             }
         }
+        [verb, place] if verb == "meet" => meeting::meet(&place.to_string_lossy()),
         [verb, paths @ ..] if verb == "self" => {
             let paths: Vec<_> = paths
                 .iter()
@@ -126,7 +129,7 @@ fn run() -> Result<()> {
         }
         _ => bail!(
             "usage: husk-probe plant DIR MANY | tree DIR | lock FILE | reread | clock | cpuid | streams | \
-             echo ADDRESS:PORT... | steady FILE | bomb | traffic | self [PATH...]"
+             echo ADDRESS:PORT... | steady FILE | bomb | traffic | meet FILE|key:N | self [PATH...]"
         ),
     }
 }

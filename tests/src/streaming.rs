@@ -200,12 +200,17 @@ impl Forwarded {
         assert!(self.0.seen(1).len() <= 2, "{}", self.error());
     }
 
-    /// Reads until something has gone wrong.
+    /// Reads until the connection has ended, or something has gone wrong.
     #[track_caller]
-    pub fn refusal(&mut self) -> String {
-        self.0
-            .read_until("what goes wrong", |streams| streams.seen(1).len() > 2);
-        self.error()
+    pub fn wait_for_end(&mut self) {
+        self.0.read_until("the end", |streams| {
+            streams.ended || streams.seen(1).len() > 2
+        });
+    }
+
+    /// What the pod has sent so far.
+    pub fn received(&self) -> String {
+        String::from_utf8_lossy(self.0.seen(0).get(2..).unwrap_or_default()).into_owned()
     }
 
     fn error(&self) -> String {

@@ -65,7 +65,8 @@ for_both_sandboxers! {
         exec_is_streamed
         exec_has_a_terminal
         attach_is_streamed
-        attach_has_a_terminal;
+        attach_has_a_terminal
+        ports_are_forwarded;
     refusals:
         what_is_the_hosts_is_refused_by_name
         a_privileged_container_has_no_devices_of_the_host;

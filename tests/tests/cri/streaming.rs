@@ -83,3 +83,26 @@ pub fn attach_has_a_terminal(handler: Handler) {
     assert_eq!(container.exit_code(), 8);
     pod.end();
 }
+
+/// Also to servers that only the pod's own localhost reaches, of either family.
+pub fn ports_are_forwarded(handler: Handler) {
+    let pod = Pod::run(handler);
+    let container = pod.idle();
+    let script = "mkdir /tmp/www; echo of the pod >/tmp/www/page
+        httpd -p 127.0.0.1:80 -h /tmp/www; httpd -p [::1]:81 -h /tmp/www";
+    container.try_exec(&["sh", "-c", script]);
+    for port in [80, 81] {
+        let mut forwarded = pod.forward(port);
+        forwarded.send(b"GET /page HTTP/1.0\r\n\r\n");
+        forwarded.wait_for("of the pod\n");
+    }
+    // Where nobody listens, that is what comes of it, and the next one is none the worse.
+    let mut nobody = pod.forward(82);
+    nobody.send(b"GET /page HTTP/1.0\r\n\r\n");
+    nobody.wait_for_end();
+    assert_eq!(nobody.received(), "");
+    let mut forwarded = pod.forward(80);
+    forwarded.send(b"GET /page HTTP/1.0\r\n\r\n");
+    forwarded.wait_for("of the pod\n");
+    pod.end();
+}

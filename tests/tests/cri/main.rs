@@ -5,6 +5,7 @@ mod exec;
 mod life;
 mod many;
 mod namespaces;
+mod place;
 mod refusals;
 mod removal;
 mod resources;
@@ -58,6 +59,9 @@ for_both_sandboxers! {
     removal:
         a_pod_is_removed_in_every_state
         a_pod_that_was_being_made_leaves_nothing;
+    place:
+        a_pod_is_as_large_as_its_limits
+        shim_and_vmm_are_in_the_pods_cgroup;
     restarts:
         pods_go_on_while_containerd_is_away
         a_pod_without_shim_or_vmm_is_told_and_removed;

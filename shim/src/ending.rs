@@ -18,6 +18,8 @@ use crate::{
 
 /// A shim without containers waits this long to be told to shut down.
 const LINGER: Duration = Duration::from_secs(20);
+/// At its end it goes after this time if nobody tells it to.
+const PARTING: Duration = Duration::from_secs(2);
 
 impl Containers {
     /// A container is out of the guest. Says whether no other is in it, in which case none will ever
@@ -154,9 +156,9 @@ impl Pod {
         }
     }
 
-    /// `Shutdown`: everything of the pod goes, if nothing runs in it and no sandbox is to be remembered. The caller answers, and the
-    /// shim ends.
-    pub async fn shutdown(&self) -> bool {
+    /// `Shutdown`: everything of the pod goes, if nothing runs in it and no sandbox is to be remembered. The caller tells
+    /// `over` when it has its answer, not before: the server's end would take that with it.
+    pub async fn shutdown(self: &Arc<Self>) -> bool {
         {
             let mut containers = self.containers();
             if !containers.by_id.is_empty() || self.sandbox().is_some() {
@@ -175,7 +177,12 @@ impl Pod {
             log::warn!("remove the pod's record: {e}");
         }
         let _ = std::fs::remove_file(&self.identity.socket);
-        self.over.notify_one();
+        // Should whoever asked be gone, and have taken its answer's place with it.
+        let pod = self.clone();
+        tokio::spawn(async move {
+            sleep(PARTING).await;
+            pod.over.notify_one();
+        });
         true
     }
 
@@ -186,6 +193,7 @@ impl Pod {
         tokio::spawn(async move {
             sleep(limit).await;
             if pod.shutdown().await {
+                pod.over.notify_one();
                 log::info!("no container and no request to shut down: leaving");
             }
         });

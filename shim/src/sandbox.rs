@@ -355,6 +355,7 @@ impl SandboxApi for SandboxService {
             pod.shutdown_sandbox(&r.sandbox_id).await
         })
         .await?;
+        self.0.over.notify_one();
         Ok(ShutdownSandboxResponse::default())
     }
 

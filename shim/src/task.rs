@@ -199,7 +199,9 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         let pod = self.0.clone();
-        carry("shutdown", async move { Ok(pod.shutdown().await) }).await?;
+        if carry("shutdown", async move { Ok(pod.shutdown().await) }).await? {
+            self.0.over.notify_one();
+        }
         Ok(Empty::new())
     }
 }

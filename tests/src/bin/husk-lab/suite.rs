@@ -36,9 +36,14 @@ const WITHOUT_CLONES: [&str; 6] = [
     "hostile",
     "processes",
 ];
-/// Long comparisons that run in one half each time, and in the other one in `make test-long`: nothing of them depends on
-/// how the guest has started, and little on which containerd it is.
-const WITH_BOOTS_ALONE: [&str; 2] = ["compared::namespaces::", "compared::process::the_rest"];
+/// What takes long, runs in one half each time and in the other one in `make test-long`. Comparisons: nothing of them
+/// depends on how the guest has started, and little on which containerd it is. Sandboxes: the clones' half has pods of CRI
+/// with pause containers, which go the same way.
+const WITH_BOOTS_ALONE: [&str; 3] = [
+    "compared::namespaces::",
+    "compared::process::the_rest",
+    "cri::shim::",
+];
 const WITH_CLONES_ALONE: [&str; 2] = ["compared::devices::", "compared::process::capabilities"];
 /// The containerd that pods boot under, and the one that clones start under.
 const BOOTS_ON: Version = Version::V2_1;
@@ -147,8 +152,8 @@ pub fn run(options: &Options) -> Result<u8> {
 /// Whether the other half has this one. Whoever names a test, or wants one half alone, gets it as it is.
 fn is_the_other_halfs(case: &Case, options: &Options) -> bool {
     let others = match case.clones {
-        true => WITH_BOOTS_ALONE,
-        false => WITH_CLONES_ALONE,
+        true => &WITH_BOOTS_ALONE[..],
+        false => &WITH_CLONES_ALONE,
     };
     let title = case.title();
     !options.cold && options.words.is_empty() && others.iter().any(|one| title.starts_with(one))

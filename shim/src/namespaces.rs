@@ -12,7 +12,7 @@ use crate::spec::{self, Network, Running, SpecError, refuse};
 pub fn rewrite(spec: &mut Value, pod: Option<Running<'_>>) -> Result<Network, SpecError> {
     let of_kubernetes = spec
         .get("annotations")
-        .is_some_and(|annotations| annotations.get(spec::SANDBOX).is_some());
+        .is_some_and(|annotations| annotations.get(spec::CONTAINER_TYPE).is_some());
     let none = || {
         refuse(
             "linux.namespaces",
@@ -176,7 +176,7 @@ mod tests {
         for (field, missing) in [("hostPID", "pid"), ("hostIPC", "ipc")] {
             let left: Vec<&str> = all.into_iter().filter(|kind| *kind != missing).collect();
             let mut spec = json!({
-                "linux": {"namespaces": own(&left)}, "annotations": {spec::SANDBOX: "p"},
+                "linux": {"namespaces": own(&left)}, "annotations": {spec::CONTAINER_TYPE: "sandbox"},
             });
             let error = rewrite(&mut spec, None).unwrap_err().to_string();
             let start = format!("linux.namespaces: no {missing} namespace ({field}): ");
@@ -184,8 +184,7 @@ mod tests {
             // ctr asks for the guest's.
             rewritten(own(&left), None).unwrap();
         }
-        let mut spec =
-            json!({"linux": {"namespaces": own(&all)}, "annotations": {spec::SANDBOX: "p"}});
+        let mut spec = json!({"linux": {"namespaces": own(&all)}, "annotations": {spec::CONTAINER_TYPE: "sandbox"}});
         rewrite(&mut spec, None).unwrap();
     }
 

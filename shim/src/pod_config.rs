@@ -8,7 +8,7 @@ use protobuf::EnumOrUnknown;
 use serde_json::{Value, json};
 use thiserror::Error;
 
-use crate::spec::SpecError;
+use crate::spec::{self, SpecError};
 
 /// Of whoever holds a pod together: the kubelet's for it, nearly never killed.
 const OOM_SCORE_ADJ: i64 = -998;
@@ -32,7 +32,7 @@ pub struct SharedFile {
 }
 
 fn refuse(field: &str, reason: &str) -> PodConfigError {
-    crate::spec::refuse(format!("PodSandboxConfig.linux.{field}"), reason).into()
+    spec::refuse(format!("PodSandboxConfig.linux.{field}"), reason).into()
 }
 
 /// Whether `mode` is this one.
@@ -64,7 +64,7 @@ pub fn specification(
     }
     if network.is_empty() {
         let reason = "there is none for the pod: a microVM cannot share its host's";
-        return Err(crate::spec::refuse("netns_path", reason).into());
+        return Err(spec::refuse("netns_path", reason).into());
     }
     let mut namespaces = vec![
         json!({"type": "network", "path": network}),
@@ -108,9 +108,9 @@ pub fn specification(
 /// Those that CRI gives a pause container, for whoever reads them there.
 fn annotations(id: &str, config: &PodSandboxConfig) -> Value {
     let mut annotations = json!(config.annotations);
-    annotations["io.kubernetes.cri.container-type"] = "sandbox".into();
-    annotations["io.kubernetes.cri.sandbox-id"] = id.into();
-    annotations["io.kubernetes.cri.sandbox-namespace"] = config.metadata.namespace.clone().into();
+    annotations[spec::CONTAINER_TYPE] = "sandbox".into();
+    annotations[spec::SANDBOX] = id.into();
+    annotations[spec::KUBERNETES_NAMESPACE] = config.metadata.namespace.clone().into();
     annotations["io.kubernetes.cri.sandbox-name"] = config.metadata.name.clone().into();
     annotations["io.kubernetes.cri.sandbox-uid"] = config.metadata.uid.clone().into();
     let resources = &config.linux.resources;

@@ -26,8 +26,9 @@ use crate::{
 const FILE_LIMIT: u64 = 16 << 20;
 
 /// CRI's annotations.
-const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+pub const KUBERNETES_NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
 pub const SANDBOX: &str = "io.kubernetes.cri.sandbox-id";
+pub const CONTAINER_TYPE: &str = "io.kubernetes.cri.container-type";
 
 #[derive(Debug, Error)]
 pub enum SpecError {

@@ -19,7 +19,7 @@ use crate::{
 /// A shim without containers waits this long to be told to shut down.
 const LINGER: Duration = Duration::from_secs(20);
 /// At its end it goes after this time if nobody tells it to.
-const PARTING: Duration = Duration::from_secs(2);
+const PARTING: Duration = Duration::from_secs(1);
 
 impl Containers {
     /// A container is out of the guest. Says whether no other is in it, in which case none will ever

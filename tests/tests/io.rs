@@ -82,9 +82,11 @@ fn end_of_input_reaches_the_process() {
 /// Resizes ctr's terminal; the shell in the container must see the same size.
 #[track_caller]
 fn assert_follows(terminal: &mut Terminal, columns: u16, rows: u16) {
-    terminal.resize(columns, rows);
-    // The size travels beside the text: ask until it is there.
+    // The size travels beside the text: ask until it is there. ctr begins to listen for changes after the process has
+    // started, and of one that comes before it says nothing: so there is another change, and another.
     let followed = eventually(Instant::now() + PATIENCE / 4, || {
+        terminal.resize(columns, rows + 1);
+        terminal.resize(columns, rows);
         terminal.type_in("stty size\n");
         std::thread::sleep(std::time::Duration::from_millis(200));
         terminal

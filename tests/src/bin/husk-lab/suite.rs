@@ -208,7 +208,7 @@ fn run_in_labs(
         let mut done = vec![false; cases.len()];
         let mut running = None;
         let end = Machine::boot(&stage, &plan, options)?.wait(
-            options.timeout_secs.or(Some(3000)),
+            options.timeout_secs.or(Some(4500)),
             &mut |report| match report {
                 Report::Ready { uptime, containerd } => {
                     let version = containerd.as_deref().unwrap_or("none");
